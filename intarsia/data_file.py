@@ -180,16 +180,18 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 # YAML
 
-_RESOLVERS: tuple[tuple[str, str, str], ...] = (
-    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789"),
+_DIGITS = "-+0123456789"
+_RESOLVERS = (
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", [*"tTfF"]),
+    ("int", r"[-+]?[0-9]+$", [*_DIGITS]),
     (
-        "tag:yaml.org,2002:float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        "-+0123456789.",
+        "float",
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        [*_DIGITS, "."],
     ),
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
 )
-_NULL = ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""])
+"""What plain words mean, and the characters that they start with; PyYAML matches from the start."""
 
 
 class InlineList(list[Any]):
@@ -265,8 +267,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _kind in (_Loader, _Dumper):
     for _tag, _pattern, _first in _RESOLVERS:
-        _kind.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
-    _kind.add_implicit_resolver(_NULL[0], re.compile(_NULL[1]), _NULL[2])
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)

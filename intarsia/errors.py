@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,27 @@ class UserError(ValueError):
         return type(self), (self.problems,)
 
 
-def check(*rules: tuple[bool, str, str]) -> None:
-    """Check rules of (holds, message if not, hint), all of them.
+Rule: TypeAlias = tuple[bool, str, str]
+"""Whether it holds, the message if not, and the hint."""
+
+
+def check(*rules: Rule) -> None:
+    """Check all of these rules.
 
     Raises:
         UserError: with every rule that does not hold.
     """
     if problems := [Problem(message, hint) for holds, message, hint in rules if not holds]:
         raise UserError(problems)
+
+
+def at_least(least: float, hint: str = "Give a larger number.", **numbers: float | None) -> list[Rule]:
+    """Rules for options that are numbers or None, each by the name of its flag."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in numbers}
+    return [
+        (number is None or number >= least, f"{flags[name]} is {number}; it is at least {least}.", hint)
+        for name, number in numbers.items()
+    ]
 
 
 class Problems(list[Problem]):
@@ -79,9 +93,9 @@ def in_words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5, *, between: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def missing_package(

@@ -13,15 +13,16 @@ default gives it other names, or says how its text is read. Nothing here knows t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from intarsia.errors import Problem, Problems, UserError
 
@@ -138,16 +139,6 @@ class Option:
         return texts if self.flag.positional else [word for text in texts for word in (f"--{self.key}", text)]
 
 
-class Choices(Protocol):
-    """Entries that are chosen by name and have settings (see `intarsia.registry`)."""
-
-    flag: str
-    many: bool
-
-    def choose(self, choice: Any) -> Any:
-        """The chosen entries, with `name` and `settings`; a tuple where several may be chosen."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One parameter of a verb: a value object, a choice of methods, or a plain value."""
@@ -157,7 +148,8 @@ class Part:
     default: Any
     # A dataclass, whose fields are flags.
     values: type | None = None
-    choices: Choices | None = None
+    # Methods of one kind, a `intarsia.registry.Kind`.
+    choices: Any = None
     # Of a plain value.
     option: Option | None = None
     # Whether it is a `*parameter`.
@@ -190,10 +182,10 @@ def _part(parameter: inspect.Parameter, hint: Any) -> Part:
             assert isinstance(member, type)
             return Part(name=parameter.name, default=default, values=member)
     how = next((fact for fact in facts if isinstance(fact, Flag)), Flag())
-    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+    rest = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+    if rest:
         how, annotation, default = dataclasses.replace(how, positional=True), tuple[annotation, ...], ()
     option = Option(attribute=parameter.name, annotation=annotation, default=default, help=how.help, flag=how)
-    rest = parameter.kind is inspect.Parameter.VAR_POSITIONAL
     return Part(name=parameter.name, default=default, option=option, rest=rest)
 
 
@@ -256,42 +248,24 @@ class Result:
         return {key: value for key, value in found.items() if key != "push" or value is not None}
 
 
+@cache
 def field_comments(kind: type) -> dict[str, str]:
     """The help of each field, inherited ones too: the comment above it."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
+        lines, comment = [], list[str]()
         if dataclasses.is_dataclass(base):
-            try:
-                file = inspect.getsourcefile(base)
-            except (TypeError, OSError):
-                file = None
-            if file is not None and Path(file).is_file():
-                own = _comments(file).get(base.__name__, {})
-                found |= {name: comment for name, comment in own.items() if comment}
+            with suppress(OSError, TypeError):  # where there is no source there is no help
+                lines = inspect.getsource(base).splitlines()
+        for line in lines:
+            if line.lstrip().startswith("#"):
+                comment.append(line.strip("# "))
+                continue
+            field = re.match(r"\s+(\w+):", line)
+            if field and comment:
+                found[field[1]] = " ".join(comment)
+            comment = []
     return found
-
-
-@cache
-def _comments(file: str) -> dict[str, dict[str, str]]:
-    """Comments of the fields of every class in a file."""
-    text = Path(file).read_text(encoding="utf-8")
-    lines, found = text.splitlines(), {}
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.ClassDef):
-            continue
-        comments: dict[str, str] = {}
-        for statement in node.body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                comments[statement.target.id] = _above(lines, statement.lineno - 1)
-        found[node.name] = comments
-    return found
-
-
-def _above(lines: Sequence[str], index: int) -> str:
-    first = index
-    while first > 0 and lines[first - 1].lstrip().startswith("#"):
-        first -= 1
-    return " ".join(line.strip().lstrip("#").strip() for line in lines[first:index])
 
 
 def _without_none(annotation: Any) -> Any:
@@ -307,13 +281,7 @@ def _takes_none(annotation: Any) -> bool:
 def _noun(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    nouns: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        Path: "a path",
-        str: "text",
-    }
+    nouns = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "text"}
     return nouns.get(kind, getattr(kind, "__name__", str(kind)))
 
 

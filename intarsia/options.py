@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from intarsia.errors import check
+from intarsia.errors import at_least, check
 from intarsia.flags import byte_count, flag, token_count
 from intarsia.model_name import check_model
 
@@ -59,21 +59,22 @@ class TextSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sources", _words(self.sources))
+        object.__setattr__(self, "sources", words(self.sources))
         check(
             (bool(self.sources), "--calibration names no text.", "Give a file, hub:DATASET:SPLIT:COLUMN, or self."),
-            (
-                self.seq_len >= 2,
-                f"--seq-len is {self.seq_len}; a sequence has at least 2 tokens.",
-                "Give a larger one, such as 512.",
-            ),
+            *at_least(2, "Give a larger one, such as 512.", seq_len=self.seq_len),
             (
                 self.tokens >= max(self.seq_len, 2),
                 f"--tokens is {self.tokens}, less than one sequence of --seq-len {self.seq_len}.",
                 "Give more --tokens, or a smaller --seq-len.",
             ),
-            (self.seed >= 0, f"--seed is {self.seed}; it is at least 0.", "Give a whole number from 0 on."),
+            *at_least(0, "Give a whole number from 0 on.", seed=self.seed),
         )
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes some of it."""
+        return "self" in (name.strip() for name in ",".join(self.sources).split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +133,11 @@ class Runtime:
     batch_tokens: int | None = flag(None, metavar="N", parse=token_count)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "devices", _words(self.devices))
+        object.__setattr__(self, "devices", words(self.devices))
         alone = not (self.devices and (self.device or self.stream))
-        few = self.batch_tokens is not None and self.batch_tokens < 1
         check(
             (alone, "--devices is given with --device or --stream.", "Give one of the three."),
-            (not few, f"--batch-tokens is {self.batch_tokens}; it is at least 1.", "Leave it out to fit the memory."),
+            *at_least(1, "Leave it out to fit the memory.", batch_tokens=self.batch_tokens),
             _size("--memory", self.memory),
         )
 
@@ -160,18 +160,11 @@ class AnswerSpec:
     answer_tokens: int = flag(64, metavar="N")
 
     def __post_init__(self) -> None:
+        needed = self.answers > 0 or self.prompts is None
         check(
-            (self.answers >= 0, f"--answers is {self.answers}; it is at least 0.", "Give 0 to leave agreement out."),
-            (
-                self.answer_tokens >= 2,
-                f"--answer-tokens is {self.answer_tokens}; it is at least 2.",
-                "Give a larger one, such as 64.",
-            ),
-            (
-                self.answers > 0 or self.prompts is None,
-                "--prompts is given with --answers 0.",
-                "Leave one of them out.",
-            ),
+            *at_least(0, "Give 0 to leave agreement out.", answers=self.answers),
+            *at_least(2, "Give a larger one, such as 64.", answer_tokens=self.answer_tokens),
+            (needed, "--prompts is given with --answers 0.", "Leave one of them out."),
         )
 
 
@@ -192,15 +185,9 @@ class TextsAndTasks(AnswerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "text", _words(self.text))
-        object.__setattr__(self, "tasks", _words(self.tasks))
-        check(
-            (
-                self.limit is None or self.limit >= 1,
-                f"--limit is {self.limit}; it is at least 1.",
-                "Leave it out for all items.",
-            ),
-        )
+        object.__setattr__(self, "text", words(self.text))
+        object.__setattr__(self, "tasks", words(self.tasks))
+        check(*at_least(1, "Leave it out for all items.", limit=self.limit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +201,7 @@ class EvalSpec(TextsAndTasks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            (self.windows >= 0, f"--eval-windows is {self.windows}; it is at least 0.", "Give 0 for the whole text."),
-        )
+        check(*at_least(0, "Give 0 for the whole text.", eval_windows=self.windows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,13 +222,10 @@ class NewModel:
     def __post_init__(self) -> None:
         named = str(self.path) not in ("", ".")
         object.__setattr__(self, "path", Path(self.path))
+        private = not self.private or self.push_to is not None
         check(
             (named, "There is no output folder.", "Give one with -o."),
-            (
-                not self.private or self.push_to is not None,
-                "--private is given without --push-to-hub.",
-                "Leave it out, or give --push-to-hub NAME.",
-            ),
+            (private, "--private is given without --push-to-hub.", "Leave it out, or give --push-to-hub NAME."),
             _size("--max-shard-size", self.shard_size),
         )
 
@@ -259,26 +241,30 @@ class NewModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(NewModel):
+class JobOutput(NewModel):
     """Output: the folder of a long job's model, and the job's run folder."""
 
-    # Run folder, with log and ladder (default: beside the output).
+    # Run folder, with state and log (default: beside the output).
     run: Path | None = flag(None, metavar="DIR")
-    # Print the plan and an estimate of its cost; write nothing.
-    dry_run: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.run is not None:
-            object.__setattr__(self, "run", Path(self.run))
+    suffix: ClassVar[str] = ".run"
+    """Of the run folder beside the output."""
 
     @property
     def run_path(self) -> Path:
         """The run folder: as given, or beside the output."""
-        return self.path.with_name(f"{self.path.name}.run") if self.run is None else self.run
+        return self.path.with_name(f"{self.path.name}{self.suffix}") if self.run is None else Path(self.run)
 
 
-def _words(given: Any) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Output(JobOutput):
+    """Output: the folder of a long job's model, and the job's run folder."""
+
+    # Print the plan and an estimate of its cost; write nothing.
+    dry_run: bool = False
+
+
+def words(given: Any) -> tuple[str, ...]:
     """One text, or several."""
     return (given,) if isinstance(given, str) else tuple(str(word) for word in given)
 

@@ -128,18 +128,13 @@ class Pace:
     and moves toward a new estimate by at most a factor of two in half a minute.
     """
 
-    WINDOW_SECONDS = 120.0
-    WINDOW_SHARE = 1 / 3
-    MARK_SECONDS = 1.0
-    MARKS = 3
-    # A mark this many times faster than the median is work that was already done.
-    RESUMED = 4.0
+    WINDOW_SECONDS, WINDOW_SHARE = 120.0, 1 / 3
+    MARKS, MARK_SECONDS = 3, 1.0
+    RESUMED = 4.0  # a mark this many times faster than the median is work that was already done
     HALVES_IN_SECONDS = 30.0
 
     def __init__(self, total: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total = total
-        self.done = 0.0
-        self._clock = clock
+        self.total, self.done, self._clock = total, 0.0, clock
         self.started = clock()
         # Seconds and units between advances, in pieces of at least a second.
         self._marks: deque[tuple[float, float]] = deque()

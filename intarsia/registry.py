@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -303,12 +304,7 @@ def merge_op(
         settle: makes options of what a search tries, where they are not the same.
         rule: says what is expected of options together, where that does not hold.
     """
-    facts: dict[str, Any] = {
-        "needs_base": needs_base,
-        "sources": sources,
-        "weights": weights,
-        "search": dict(search or {}),
-    }
+    facts: dict[str, Any] = {"needs_base": needs_base, "sources": sources, "weights": weights, "search": search or {}}
     return merge_ops.register(name, **facts, settle=settle, rule=rule, paper=paper)
 
 
@@ -339,14 +335,12 @@ def load_plugin(path: str | Path) -> None:
     sys.modules[name] = module  # dataclasses and pickle look it up there
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        del sys.modules[name]
-        raise
     except Exception as error:
         del sys.modules[name]
-        raise UserError(
-            f"--plugin {path} fails with {type(error).__name__}: {error}.", "Run it with Python to see where."
-        ) from error
+        if isinstance(error, UserError):
+            raise
+        found = f"--plugin {path} fails with {type(error).__name__}: {error}."
+        raise UserError(found, "Run it with Python to see where.") from error
     _LOADED[str(file)] = name
 
 
@@ -355,14 +349,9 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_LOADED)
 
 
-_ANNOUNCED: list[str] = []
-
-
+@cache
 def _load_announced() -> None:
     """Import the entry points `intarsia.plugins` of installed packages, once."""
-    if _ANNOUNCED:
-        return
-    _ANNOUNCED.append(GROUP)
     for point in entry_points(group=GROUP):
         try:
             point.load()

@@ -15,6 +15,7 @@ are not pinned: they may differ when a job resumes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +51,10 @@ class Log:
         remedy = "Delete its folder and start again, or delete the damaged lines."
         with damage_named(self.path, expected="a log, one JSON object a line", remedy=remedy):
             text, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-            return [_object(line) for line in text.splitlines()]
+            found = [json.loads(line) for line in text.splitlines()]
+            if not all(isinstance(entry, dict) for entry in found):
+                raise ValueError("a line holds something else")
+            return found
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line; it is on the disk when this returns.
@@ -60,19 +64,10 @@ class Log:
             ValueError: a number in it is not finite.
         """
         line = json.dumps(plain(entry), allow_nan=False)
-        if not self._whole:
-            self._drop_torn()
-            self._whole = True
+        if not self._whole and self.path.exists():  # a kill may have left half a line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        self._whole = True
         append_line(self.path, line)
-
-    def _drop_torn(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
 
 
 class RunDir:
@@ -134,18 +129,27 @@ class RunDir:
             self.check(settings)
         with full_disk_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            try:
-                self._clear_scratch()
-                if settings is not None:
-                    self.pin(SETTINGS, settings)
-                yield self
-            except BaseException as error:
-                if not isinstance(error, UserError):
-                    _note(error, f"run folder: {self.path} (the same command resumes)")
-                raise
-            finally:
-                self._clear_scratch()
+        lock = FileLock(self.path / _LOCK, timeout=0)  # the system releases it when the process dies, however it dies
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"Another process works in the run folder {self.path}.",
+                f"Wait until it ends, or give another {self.option}.",
+            ) from None
+        try:
+            shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
+            if settings is not None:
+                self.pin(SETTINGS, settings)
+            yield self
+        except BaseException as error:
+            if not isinstance(error, UserError):  # Python 3.10 has no add_note
+                note = f"run folder: {self.path} (the same command resumes)"
+                error.__notes__ = [*getattr(error, "__notes__", ()), note]
+            raise
+        finally:
+            shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
+            lock.release()
 
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
         """Record facts, once; a resumed job must find the same.
@@ -208,25 +212,6 @@ class RunDir:
             entry.name in left or entry.name.startswith(f".{SETTINGS}.json.") for entry in self.path.iterdir()
         )
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        # The system releases it when the process dies, however it dies.
-        lock = FileLock(self.path / _LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"Another process works in the run folder {self.path}.",
-                f"Wait until it ends, or give another {self.option}.",
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _clear_scratch(self) -> None:
-        shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
-
 
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], option: str = "--run", *, prefix: str = ""
@@ -239,24 +224,8 @@ def differences(
         if isinstance(before, dict) and isinstance(now, dict):
             yield from differences(before, now, option, prefix=f"{prefix}{key}.")
         elif before != now:
+            then, asked = ("unset" if each is None else json.dumps(each, ensure_ascii=False) for each in (before, now))
             yield Problem(
-                f"This run was started with {prefix}{key} {_said(before)}, not {_said(now)}.",
+                f"This run was started with {prefix}{key} {then}, not {asked}.",
                 f"Use the same settings to resume it, or another {option} for a new run.",
             )
-
-
-def _said(value: Any) -> str:
-    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _object(line: str) -> dict[str, Any]:
-    entry = json.loads(line)
-    if not isinstance(entry, dict):
-        raise ValueError(f"a line holds a {type(entry).__name__}")
-    return entry
-
-
-def _note(error: BaseException, text: str) -> None:
-    """`add_note`, which Python 3.10 does not have."""
-    notes = [*getattr(error, "__notes__", ()), text]
-    error.__notes__ = notes

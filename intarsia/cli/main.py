@@ -12,18 +12,18 @@ from __future__ import annotations
 import ast
 import errno
 import importlib.util
+import json
 import os
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -32,9 +32,11 @@ from rich.text import Text
 
 from intarsia import __version__, progress
 from intarsia.cli.parse import HELP_FLAGS, parse
-from intarsia.cli.show import show
 from intarsia.errors import Problem, UserError
+from intarsia.flags import plain
 from intarsia.inspection.own_code import trust_remote_code
+from intarsia.progress import duration
+from intarsia.reporting.wording import MEASURES, change, is_measure, text_of, title_of
 
 VERBS = {
     "compress": "compress:compress",
@@ -81,6 +83,9 @@ _SURROUNDINGS = {
     errno.ENAMETOOLONG: "Use a shorter name.",
     errno.ENOTDIR: "Name a folder.",
 }
+# In the report alone: the table has at most 15 lines.
+_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity", "perplexity_without_heal", "prefill_per_s"}
+_GREETING = "[{'role': 'user', 'content': 'Hello'}]"
 
 
 def main() -> None:
@@ -91,7 +96,7 @@ def main() -> None:
         if "PYTHONWARNINGS" not in os.environ:
             warnings.filterwarnings("ignore")
     # A polite kill clears up like Ctrl-C does: no staging folder is left.
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run(sys.argv[1:])
 
 
@@ -157,8 +162,8 @@ def function(name: str) -> Callable[..., Any]:
 
 def _overview(group: str, console: Console) -> None:
     """What there is, a verb a line."""
-    doc = "Make language models shallower, and keep what the removed layers knew."
-    console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{doc}\n", highlight=False, markup=False)
+    about = "Make language models shallower, and keep what the removed layers knew."
+    console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{about}\n", highlight=False, markup=False)
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
     for name in VERBS:
         if not group or name.startswith(f"{group} "):
@@ -175,10 +180,6 @@ def _about(name: str) -> str:
     body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
     verb = next(each for each in body if isinstance(each, ast.FunctionDef) and each.name == attribute)
     return (ast.get_docstring(verb) or "").partition("\n")[0]
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def debugging() -> bool:
@@ -208,13 +209,14 @@ def guard() -> Iterator[TextIO]:
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
-            report([_surroundings(error)])
+            found = f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+            report([Problem(found, _SURROUNDINGS[error.errno])])
             raise SystemExit(2) from None
         _defect(error)
         raise SystemExit(1) from None
 
 
-def report(problems: tuple[Problem, ...] | list[Problem]) -> None:
+def report(problems: Iterable[Problem]) -> None:
     """Print all problems of an input to stderr: a sentence and a hint each."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     for problem in problems:
@@ -227,19 +229,13 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _surroundings(error: OSError) -> Problem:
-    assert error.errno is not None
-    return Problem(
-        f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", _SURROUNDINGS[error.errno]
-    )
-
-
 def _defect(error: Exception) -> None:
     """Report a defect: one line, what to do about it, and where the traceback is."""
     words = " ".join(str(error).split()) or "no message"
     if len(words) > 300:
         words = words[:300] + " ..."
-    if _out_of_memory(error):
+    # torch's class by its name: a verb that failed early has not imported torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         _say(f"error: out of memory: {words}")
         _say("  Try a smaller --batch-tokens, fewer --tokens, or a machine with more memory.")
     else:
@@ -252,11 +248,6 @@ def _defect(error: Exception) -> None:
         _say(f"  traceback: {_log(error)} (INTARSIA_DEBUG=1 prints it)")
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # torch's class by its name: a verb that failed early has not imported torch.
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
 def _log(error: Exception) -> str:
     """The path of a new file with the traceback; in words where even that cannot be written."""
     try:
@@ -267,3 +258,79 @@ def _log(error: Exception) -> str:
     except OSError as failure:
         return f"not kept: {failure}"
     return path
+
+
+def show(result: Any, *, to: TextIO, as_json: bool) -> None:
+    """Write a result to a stream: one JSON object for a machine, or tables for a person.
+
+    Keys decide how a value is written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few
+    digits. A list of mappings is a table of its own.
+    """
+    if not as_json and hasattr(result, "summary"):  # where there is more than a person wants to read
+        data = result.summary()
+    else:
+        data = result.to_dict() if hasattr(result, "to_dict") else plain(result)
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False), file=to, flush=True)
+        return
+    console = Console(file=to, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        # Nobody reads columns that were broken to fit a width which a pipe does not have.
+        console.width = 240
+    if data.get("before") is not None and data.get("after") is not None:
+        _show_compressed(data, console)
+    else:
+        _show_mapping(data, console)
+
+
+def _show_compressed(data: Mapping[str, Any], console: Console) -> None:
+    """At most 15 lines of at most 80 columns (apart from long paths): measures, time, and where everything is."""
+    before, after = data["before"], data["after"]
+    parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
+    given: dict[str, Any] = {"on": data.get("evaluation")}
+    given["but"] = data.get("warning")
+    given["time"] = duration(data["seconds"]) + (f" (seconds: {', '.join(parts)})" if parts else "")
+    given |= {"model": data["out"], "report": data.get("report")}
+    pipeline = f'transformers.pipeline("text-generation", "{data["out"]}")'
+    if data.get("chat_template"):
+        given |= {"try it": f"chat = {pipeline}", "": f"chat({_GREETING})[0]['generated_text'][-1]"}
+    else:
+        given["try it"] = f'{pipeline}("Hello")'
+    given["hub"] = (data.get("push") or {}).get("address")
+    lines = {name: text for name, text in given.items() if text is not None}
+
+    others = [key for key in after if key.startswith("perplexity of ")]
+    titles = {key: name for key, name in (MEASURES | {key: key for key in others}).items() if key not in _DETAILS}
+    rows = [key for key in titles if after.get(key) is not None]
+    table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    for key in rows:
+        old, new = before.get(key), after[key]
+        table.add_row(*map(Text, (titles[key], text_of(key, old), text_of(key, new), change(old, new))))
+    console.print(table)
+    for name, text in lines.items():
+        console.print(Text(f"{name:<8}", style="dim") + Text(str(text)))
+
+
+def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:
+    for key, value in data.items():
+        rows = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+        if value is None:
+            continue
+        if rows and all(isinstance(row, Mapping) for row in rows):
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
+            table = Table(show_edge=False, pad_edge=False)
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            for name in names:
+                numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
+                table.add_column(title_of(name), justify="right" if numbers else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(text_of(name, row.get(name))) for name in names))
+            console.print(table)
+        elif isinstance(value, Mapping) and not is_measure(value):
+            console.print(Text(f"{indent}{title_of(key)}", style="bold"))
+            _show_mapping(value, console, indent + "  ")
+        else:
+            label = Text(f"{indent}{title_of(key):<{max(1, 24 - len(indent))}} ", style="dim")
+            console.print(label + Text(text_of(key, value)))

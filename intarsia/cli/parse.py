@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,8 +22,7 @@ from cyclopts.exceptions import MissingArgumentError
 from intarsia import registry
 from intarsia.data_file import read_yaml
 from intarsia.errors import Problems, UserError
-from intarsia.flags import Flag, Option, Part, options_of, parts_of
-from intarsia.registry import Kind
+from intarsia.flags import Flag, Option, Part, flag, options_of, parts_of
 
 _ARGUMENTS = Group("Arguments", sort_key=-1)
 HELP_FLAGS = ("--help", "-h")
@@ -37,11 +36,11 @@ class Shared:
     # Print the result as one JSON object on stdout, and show no progress.
     json: bool = False
     # Show no progress.
-    quiet: bool = dataclasses.field(default=False, metadata={"flag": Flag(names=("--quiet", "-q"))})
+    quiet: bool = flag(False, "--quiet", "-q")
     # Read options from a YAML file, its keys named like the flags; the command line wins.
-    config: Path | None = dataclasses.field(default=None, metadata={"flag": Flag(metavar="FILE")})
+    config: Path | None = flag(None, metavar="FILE")
     # Python files that register methods, stages, operators or engines of your own.
-    plugin: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": Flag(metavar="FILE.py")})
+    plugin: tuple[Path, ...] = flag((), metavar="FILE.py")
     # Run the code that a model brings along, where transformers has no class for it (default: refuse the model).
     trust_remote_code: bool = False
 
@@ -78,7 +77,7 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
     config = _config(_found(words, "--config"))
     parts = parts_of(verb)
     if any(word in HELP_FLAGS for word in words):
-        app, _ = _app(verb, name, [*_groups(parts), *_settings_groups(parts)], shown=True)
+        app, _ = _app(verb, name, [*_panels(parts), *_owned_panels(parts)], shown=True)
         app.help_print([])
         raise SystemExit(0)
     chosen: dict[str, Any] = {}
@@ -87,8 +86,10 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
             with problems:
                 found = _chosen(part, words, config)
                 chosen |= {} if found is None else {part.name: found}
-    groups = [*_groups(parts), *_chosen_groups(chosen)]
-    app, options = _app(verb, name, groups)
+    every = [each for value in chosen.values() for each in (value if isinstance(value, tuple) else (value,))]
+    panels = [*_panels(parts), ("Chosen", [option for each in every for option in _options(each)])]
+    presets = {name: None for each in every for name in _presets(each.entry)}
+    app, options = _app(verb, name, [*panels, *_preset_panel(presets)])
     given = {
         **{key: value for key, value in config.items() if key in options},
         **_split(app, options, words, parts, problems),
@@ -125,7 +126,6 @@ def _config(files: Sequence[str]) -> dict[str, Any]:
 
 def _chosen(part: Part, words: Sequence[str], config: Mapping[str, Any]) -> Any:
     kind = part.choices
-    assert isinstance(kind, Kind)
     default = () if part.default is MISSING else part.default
     choice: Any = [config.get(kind.flag, default), *_found(words, f"--{kind.flag}")][-1]
     preset: Any = [config.get("preset"), *_found(words, "--preset")][-1]
@@ -145,44 +145,62 @@ def _presets(entry: registry.Entry) -> Mapping[str, Mapping[str, Any]]:
 
 def _preset(chosen: registry.Chosen, name: str) -> registry.Chosen:
     values = _presets(chosen.entry).get(name)
-    return (
-        chosen if not values else dataclasses.replace(chosen, settings=dataclasses.replace(chosen.settings, **values))
+    return dataclasses.replace(chosen, settings=dataclasses.replace(chosen.settings, **values)) if values else chosen
+
+
+def _options(chosen: registry.Chosen) -> Sequence[Option]:
+    return () if chosen.settings is None else options_of(type(chosen.settings), chosen.settings)
+
+
+def _preset_panel(names: Iterable[str]) -> Iterator[_Panel]:
+    if names := tuple(names):
+        kind = Literal[names] | None  # type: ignore[valid-type]
+        comment = "Set several options together; an option that is given too wins."
+        how = Flag(metavar="NAME")
+        yield "Preset", (Option(attribute="preset", annotation=kind, default=None, help=comment, flag=how),)
+
+
+def _panels(parts: Sequence[Part]) -> Iterator[_Panel]:
+    """The options that do not depend on what is chosen."""
+    plain = [option for part in parts if part.option is not None for option in part.options]
+    yield "Options", plain + [_choice_option(part) for part in parts if part.choices is not None]
+    for part in parts:
+        if part.values is not None:
+            # What a value object is called: the first words of its docstring.
+            yield re.split("[:.]", inspect.getdoc(part.values) or part.values.__name__)[0], part.options
+    yield "Every verb", options_of(Shared)
+
+
+def _choice_option(part: Part) -> Option:
+    kind, default = part.choices, part.default
+    names = ", ".join(kind.names)
+    several = f"{kind.noun.capitalize()}s, comma-separated, in the order in which they run, or none. Known: {names}."
+    if default is not MISSING and default is not None:
+        default = ",".join(each.label for each in kind.choose_all(default)) or "none"
+    return Option(
+        attribute=part.name,
+        annotation=str,
+        default=default,
+        help=several if kind.many else f"{kind.noun.capitalize()}: {names}.",
+        flag=Flag(names=(f"--{kind.flag}",), metavar="NAMES" if kind.many else "NAME"),
     )
 
 
-def _chosen_groups(chosen: Mapping[str, Any]) -> Iterator[_Panel]:
-    every = [each for value in chosen.values() for each in (value if isinstance(value, tuple) else (value,))]
-    for each in every:
-        if each.settings is not None:
-            yield each.name, options_of(type(each.settings), each.settings)
-    if names := {name: None for each in every for name in _presets(each.entry)}:
-        yield "Preset", (_preset_option(names),)
-
-
-def _preset_option(names: Mapping[str, Any]) -> Option:
-    kind = Literal[tuple(names)] | None  # type: ignore[valid-type]
-    comment = "Set several options together; an option that is given too wins."
-    return Option(attribute="preset", annotation=kind, default=None, help=comment, flag=Flag(metavar="NAME"))
-
-
-def _settings_groups(parts: Sequence[Part]) -> Iterator[_Panel]:
+def _owned_panels(parts: Sequence[Part]) -> Iterator[_Panel]:
     """For the help: the options of everything that could be chosen, those of the same owners together."""
     presets: dict[str, None] = {}
-    for part in parts:
-        if not isinstance(part.choices, Kind):
-            continue
+    for kind in (part.choices for part in parts if part.choices is not None):
         owners: dict[str, list[tuple[str, Option]]] = {}
-        for entry in part.choices:
+        for entry in kind:
             presets |= dict.fromkeys(_presets(entry))
             for option in () if entry.settings is None else options_of(entry.settings):
                 owners.setdefault(option.key, []).append((entry.name, option))
-        groups: dict[str, list[Option]] = {}
+        panels: dict[str, list[Option]] = {}
         for having in owners.values():
-            names = ", ".join(name for name, _ in having)
-            groups.setdefault(f"With --{part.choices.flag} {names}", []).append(_together(having))
-        yield from groups.items()
-    if presets:
-        yield "Preset", (_preset_option(presets),)
+            title = f"With --{kind.flag} {', '.join(name for name, _ in having)}"
+            panels.setdefault(title, []).append(_together(having))
+        yield from panels.items()
+    yield from _preset_panel(presets)
 
 
 def _together(having: Sequence[tuple[str, Option]]) -> Option:
@@ -194,47 +212,13 @@ def _together(having: Sequence[tuple[str, Option]]) -> Option:
     return dataclasses.replace(first, help=" ".join(line for line in lines if line))
 
 
-def _groups(parts: Sequence[Part]) -> Iterator[_Panel]:
-    plain = [option for part in parts if part.option is not None for option in part.options]
-    for part in parts:
-        if isinstance(part.choices, Kind):
-            plain.append(_choice_option(part, part.choices))
-    yield "Options", plain
-    for part in parts:
-        if part.values is not None:
-            yield _title(part.values), part.options
-    yield "Every verb", options_of(Shared)
-
-
-def _choice_option(part: Part, kind: Kind) -> Option:
-    names = ", ".join(kind.names)
-    several = f"{kind.noun.capitalize()}s, comma-separated, in the order in which they run, or none. Known: {names}."
-    default = part.default
-    if default is not MISSING and default is not None:
-        chosen = kind.choose_all(default)
-        default = ",".join(each.label for each in chosen) or "none"
-    return Option(
-        attribute=part.name,
-        annotation=str,
-        default=default,
-        help=several if kind.many else f"{kind.noun.capitalize()}: {names}.",
-        flag=Flag(names=(f"--{kind.flag}",), metavar="NAMES" if kind.many else "NAME"),
-    )
-
-
-def _title(kind: type) -> str:
-    """What a value object is called: the first words of its docstring."""
-    doc = (inspect.getdoc(kind) or kind.__name__).partition("\n")[0]
-    return doc.partition(":")[0].partition(".")[0]
-
-
 def _app(
-    verb: Callable[..., Any], name: str, groups: Sequence[_Panel], *, shown: bool = False
+    verb: Callable[..., Any], name: str, panels: Sequence[_Panel], *, shown: bool = False
 ) -> tuple[App, dict[str, Option]]:
     """A parser of these options, or what is shown as help. The same option of several owners is one flag."""
     options: dict[str, Option] = {}
     order: list[inspect.Parameter] = []
-    for title, listed in groups:
+    for title, listed in panels:
         panel = Group.create_ordered(title)
         for option in listed:
             if option.key not in options:
@@ -251,10 +235,12 @@ def _app(
         for option in options.values()
         if option.flag.positional
     )
+    # Paragraphs that a terminal of any width can wrap, without the sections for programmers.
+    paragraphs = re.split(r"\n\n(?=Args:|Raises:|Returns:)", inspect.getdoc(verb) or "")[0].split("\n\n")
     app = App(
         name=f"intarsia {name}",
         default_command=takes,
-        help=_unwrapped(inspect.getdoc(verb) or ""),
+        help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),
         usage=f"Usage: intarsia {name} {positional} [OPTIONS]".replace("  ", " "),
         help_format="plaintext",
         version_flags=(),
@@ -262,12 +248,6 @@ def _app(
         group_arguments=_ARGUMENTS,
     )
     return app, options
-
-
-def _unwrapped(text: str) -> str:
-    """A docstring as paragraphs that a terminal of any width can wrap, up to its sections for programmers."""
-    paragraphs = re.split(r"\n\n(?=Args:|Raises:|Returns:)", text)[0].split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Parameter:
@@ -280,7 +260,7 @@ def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Paramete
     how = Parameter(
         name=option.called if flag.positional else option.names,
         help=_help(option),
-        metavar=flag.metavar or _metavar(option),
+        metavar=flag.metavar or {int: "N", float: "X", Path: "PATH", bool: None}.get(option.kind, "NAME"),
         group=_ARGUMENTS if flag.positional else panel,
         negative=f"--no-{option.key}" if truth and not (shown and option.default is False) else (),
         show_default=False,
@@ -317,10 +297,6 @@ def _shown(option: Option) -> str:
     return f"default: {','.join(f'{item:.3g}' if isinstance(item, float) else str(item) for item in items)}"
 
 
-def _metavar(option: Option) -> str | None:
-    return {int: "N", float: "X", Path: "PATH", bool: None}.get(option.kind, "NAME")
-
-
 def _split(
     app: App, options: Mapping[str, Option], words: Sequence[str], parts: Sequence[Part], problems: Problems
 ) -> dict[str, Any]:
@@ -333,16 +309,15 @@ def _split(
         problems.add(*_unknown(name.lstrip("-"), parts, name))
     try:
         _, bound, unused, _ = app.parse_known_args([word for word in words if word not in unknown])
-    except MissingArgumentError as error:
-        name = error.argument.name if error.argument is not None else "an option"
-        problems.add(f"{name} has no value.", "Give one after it.")
-        problems.raise_any()
-        raise AssertionError from error
     except CycloptsError as error:
-        message = " ".join(str(error.msg or type(error).__name__).split())[:200].rstrip(".")
-        problems.add(f"{message}.", f"See {app.name[0]} --help.")
-        problems.raise_any()
-        raise AssertionError from error
+        if isinstance(error, MissingArgumentError):
+            problems.add(
+                f"{error.argument.name if error.argument else 'An option'} has no value.", "Give one after it."
+            )
+        else:
+            message = " ".join(str(error.msg or type(error).__name__).split())[:200].rstrip(".")
+            problems.add(f"{message}.", f"See {app.name[0]} --help.")
+        raise UserError(problems) from None
     if not unknown:  # else a word may be the value of an option that is not there
         for word in unused:
             problems.add(f"{word!r} is one argument too many.", f"See {app.name[0]} --help.")
@@ -353,7 +328,7 @@ def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
     """What is said of an option that this command does not have: which methods do."""
     name = key.removeprefix("no-")
     for part in parts:
-        if isinstance(part.choices, Kind):
+        if part.choices is not None:
             owners = part.choices.with_option(key) or part.choices.with_option(name)
             if owners:
                 listed = " and ".join([", ".join(owners[:-1]), owners[-1]] if len(owners) > 1 else owners)
@@ -368,7 +343,7 @@ def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
 
 def _argument(part: Part, given: Mapping[str, Any], chosen: Mapping[str, Any], problems: Problems) -> Any:
     """The value of a parameter; MISSING where its default serves."""
-    if isinstance(part.choices, Kind):
+    if part.choices is not None:
         return _with_settings(chosen.get(part.name, MISSING), given, problems)
     if part.values is not None:
         with problems:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from intarsia.architecture.families import Family, known_families, with_family_file
+from intarsia.architecture.families import known_families, with_family_file
 from intarsia.disk import read_json
 from intarsia.flags import Flag, Result
 from intarsia.model_name import check_model
@@ -26,11 +26,10 @@ class FamilyRow:
 
     title: str
     model_types: tuple[str, ...]
-    # whether all pieces of a merged layer compute what they computed in their own layers
+    # Whether all pieces of a merged layer compute what they computed in their own layers, and what does not.
     exact: bool
-    # what does not
     approximated: str
-    # what cannot be merged at all
+    # What cannot be merged at all.
     never_merged: str | None
 
 
@@ -67,18 +66,18 @@ def families(*, family_file: FamilyFile = None) -> Families:
         UserError: the file is no family file.
     """
     with with_family_file(family_file):
-        return Families(families=tuple(_family_row(family) for _, family in sorted(known_families().items())))
-
-
-def _family_row(family: Family) -> FamilyRow:
-    mixed = any((entry.field == "layer_types" and entry.every) or entry.kinds for entry in family.per_layer)
-    return FamilyRow(
-        title=family.title,
-        model_types=family.model_types,
-        exact=not family.approximations,
-        approximated="; ".join(family.approximations),
-        never_merged="layers that attend in different ways" if mixed else None,
-    )
+        rows = []
+        for _, family in sorted(known_families().items()):
+            mixed = any((entry.field == "layer_types" and entry.every) or entry.kinds for entry in family.per_layer)
+            row = FamilyRow(
+                title=family.title,
+                model_types=family.model_types,
+                exact=not family.approximations,
+                approximated="; ".join(family.approximations),
+                never_merged="layers that attend in different ways" if mixed else None,
+            )
+            rows.append(row)
+    return Families(families=tuple(rows))
 
 
 def check_family(

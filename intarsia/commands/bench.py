@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from intarsia.commands.evaluate import check_one_device
-from intarsia.errors import Problems, check
+from intarsia.errors import Problems, at_least, check
 from intarsia.flags import Flag, Result
 from intarsia.options import AnswerSpec, Runtime
 from intarsia.progress import current
@@ -104,9 +104,8 @@ def bench(
     check_one_device(runtime)
     jobs = _opened(models, runtime)
     assistant = None if draft is None else _draft(draft, list(jobs.values()), runtime)
-    check(
-        (prompts is None or draft is not None, "--prompts is given without --draft.", "Leave it out, or give --draft.")
-    )
+    alone = prompts is not None and draft is None
+    check((not alone, "--prompts is given without --draft.", "Leave it out, or give --draft."))
     first = next(iter(jobs.values()))
     asked = None if assistant is None else _asked(first, assistant, prompts, new_tokens)
     settings = list(itertools.product(_several(batch), _several(prompt_len)))
@@ -141,11 +140,7 @@ def bench(
 
 
 def _draft(name: str, jobs: Sequence[Job], runtime: Runtime) -> Job:
-    """The draft, checked against its model.
-
-    Raises:
-        UserError: there are several models, or the draft has another tokenizer.
-    """
+    """The draft, checked against its model."""
     from intarsia.commands.job import Job, check_same_tokenizer
 
     check((len(jobs) == 1, "--draft is given with several models.", "Name the one that the draft is for."))
@@ -222,26 +217,17 @@ def _opened(models: Sequence[str], runtime: Runtime) -> dict[str, Job]:
 
 
 def _check(jobs: Mapping[str, Job], settings: Sequence[tuple[int, int]], new_tokens: int, repeats: int) -> None:
-    needed = max((length for _, length in settings), default=0) + new_tokens
-    least = (
-        ("--batch", 1, min((rows for rows, _ in settings), default=0)),
-        ("--prompt-len", 1, min((length for _, length in settings), default=0)),
-        ("--new-tokens", 2, new_tokens),
-        ("--repeats", 1, repeats),
-    )
+    rows, lengths = ([setting[at] for setting in settings] for at in (0, 1))
+    needed = max(lengths, default=0) + new_tokens
     positions = {name: job.checkpoint.architecture.config.get("max_position_embeddings") for name, job in jobs.items()}
+    few = {name: most for name, most in positions.items() if isinstance(most, int) and most < needed}
+    larger = "Give a larger one."
     check(
+        *at_least(1, larger, batch=min(rows, default=0), prompt_len=min(lengths, default=0), repeats=repeats),
+        *at_least(2, larger, new_tokens=new_tokens),
         *(
-            (found >= most, f"{name} is {found}; it is at least {most}.", "Give a larger one.")
-            for name, most, found in least
-        ),
-        *(
-            (
-                not isinstance(most, int) or needed <= most,
-                f"Prompt and answer have {needed} tokens; {name} has {most} positions.",
-                "Give a smaller --prompt-len or --new-tokens.",
-            )
-            for name, most in positions.items()
+            (False, f"Prompt and answer have {needed} tokens; {name} has {most} positions.", "Give fewer tokens.")
+            for name, most in few.items()
         ),
     )
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.errors import Problems, check
+from intarsia.errors import Problems, at_least, check
 from intarsia.flags import Flag, Result, flag, plain
-from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec
+from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec, words
 from intarsia.registry import Chosen, heal_stages, planners, words_of
 from intarsia.run_dir import RunDir
 
@@ -45,12 +45,10 @@ class Entrants:
 
     def __post_init__(self) -> None:
         for name in ("methods", "heal"):
-            given = getattr(self, name)
-            given = [given] if isinstance(given, str) else given
+            given = words(getattr(self, name))
             object.__setattr__(self, name, tuple(word for text in given for word in words_of(text)))
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers), reverse=True)))
-        models: Any = self.models
-        object.__setattr__(self, "models", (models,) if isinstance(models, str) else tuple(models))
+        object.__setattr__(self, "models", words(self.models))
         known, planned = ", ".join(planners.names), bool(self.methods)
         check(
             (planned or bool(self.models), "--methods names no method.", f"Name some of {known}; or give --models."),
@@ -65,12 +63,8 @@ class Entrants:
         Raises:
             UserError: there is no such stage.
         """
-        problems, found = Problems(), dict[str, tuple[Chosen, ...]]()
-        for kind in sorted(self.heal, key=lambda kind: kind != "none"):
-            with problems:
-                found[kind] = () if kind == "none" else heal_stages.choose_all(kind.split("+"))
-        problems.raise_any()
-        return found
+        kinds = sorted(self.heal, key=lambda kind: kind != "none")
+        return {kind: heal_stages.choose_all("none" if kind == "none" else kind.split("+")) for kind in kinds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +83,12 @@ class CompareEval(TextsAndTasks):
         numbers: Any = self.windows
         windows: tuple[int, ...] = (numbers,) if isinstance(numbers, int) else tuple(numbers)
         object.__setattr__(self, "windows", windows)
+        counts = f"--eval-windows has {len(windows)} numbers, and there are {len(self.text)} texts."
         alone = self.task_layers is not None and not self.tasks
         check(
             (bool(self.text or self.tasks), "There is nothing to measure.", "Give --eval-text or --tasks."),
-            (all(n >= 1 for n in windows), f"--eval-windows is {_listed(windows)}.", "Give numbers from 1 on."),
-            (
-                len(windows) in (1, len(self.text)),
-                f"--eval-windows has {len(windows)} numbers, and there are {len(self.text)} texts.",
-                "Give one number, or one for each --eval-text, in the same order.",
-            ),
+            *at_least(1, eval_windows=min(windows, default=0)),
+            (len(windows) in (1, len(self.text)), counts, "Give one number, or one for each --eval-text, in order."),
             (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
         )
 
@@ -188,14 +179,12 @@ def compare(
     whole, depths = job.checkpoint.architecture.n_layers, entrants.layers
     strangers = sorted({*(evaluation.task_layers or ())} - {*depths})
     deep = [depth for depth in depths if not 1 <= depth < whole]
+    whole_model = "--tasks or --speed is given with --stream; they need the whole model in memory."
+    streamed = runtime.stream and (evaluation.tasks or evaluation.speed)
     check(
         (not deep, f"--layers names {_listed(deep)}; the model has {whole} layers.", "Keep fewer, and at least 1."),
         (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
-        (
-            not (runtime.stream and (evaluation.tasks or evaluation.speed)),
-            "--tasks or --speed is given with --stream; they need the whole model in memory.",
-            "Leave one of them out.",
-        ),
+        (not streamed, whole_model, "Leave one of them out."),
     )
     texts = _texts(evaluation, job)
     tasks = TaskPlan.of(evaluation, job.tokenizer)
@@ -214,12 +203,11 @@ def compare(
 
     if dry_run:
         return result()
-    settings = _settings(job, run, texts)
+    settings = _settings(run, job, texts)
     task_facts = {} if tasks is None else _task_facts(tasks, evaluation)
     run.check(settings)
     if tasks is not None:
         run.check(task_facts, name="tasks")
-
     rows = Rows(job, run.log(Path(ROWS).stem), texts, tasks, asked, evaluation)
     wanted = [(method.label, depth, heal) for method in methods for depth in depths for heal in heals]
     ladders = Ladders(job, out)
@@ -239,10 +227,10 @@ def compare(
                 "heal": list(heals),
             }
             wishes |= {"task_layers": evaluation.task_layers, "speed": evaluation.speed}
-            words = [str(settings["model"]), "-o", out.name]
-            words += [] if job.revision is None else ["--revision", job.revision]
-            words += [OPTION] if OWN_CODE in settings["config"] else []
-            again = {"command": command("compare", *words, given=(entrants, evaluation, text))}
+            parts = [str(settings["model"]), "-o", out.name]
+            parts += [] if job.revision is None else ["--revision", job.revision]
+            parts += [OPTION] if OWN_CODE in settings["config"] else []
+            again = {"command": command("compare", *parts, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
             try:
                 # The original first: it also shows whether the tasks can be scored.
@@ -276,11 +264,7 @@ def compare(
 
 
 def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
-    """The evaluation texts by name; without a name a text is called after its file.
-
-    Raises:
-        UserError: one cannot be used, or two have one name.
-    """
+    """The evaluation texts by name; without a name a text is called after its file."""
     from intarsia.evaluation.perplexity import eval_corpus
 
     windows = evaluation.windows if len(evaluation.windows) > 1 else evaluation.windows * len(evaluation.text)
@@ -293,14 +277,7 @@ def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
 
 
 def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) -> dict[str, Job]:
-    """The models that exist already, by the names of their rows.
-
-    Args:
-        taken: names of other rows.
-
-    Raises:
-        UserError: one cannot be opened, has another tokenizer, or its name is taken.
-    """
+    """The models that exist already, by the names of their rows; `taken` are names of other rows."""
     from intarsia.commands.job import Job, check_same_tokenizer
 
     problems, found = Problems(), dict[str, Job]()
@@ -323,8 +300,8 @@ def _named(text: str) -> tuple[str, str]:
     return (f"{stem} {part}" if part else stem), text
 
 
-def _settings(job: Job, run: RunDir, texts: Mapping[str, Corpus]) -> dict[str, Any]:
-    """What decides every number. A text is the same where its content is, whatever path it has."""
+def _settings(run: RunDir, job: Job, texts: Mapping[str, Corpus]) -> dict[str, Any]:
+    """What decides every number. An evaluation text is the same where its content is, whatever path it has."""
     from intarsia.commands.job import settings_of
 
     settings = settings_of(run, job)
@@ -357,7 +334,6 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
     nested = ("calibration", "tokens", "seq_len", "seed")
     sources = [_named(given)[1] for given in evaluation.text]
     named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
-    specs = evaluation.tasks or named_tasks
     read = (run.path / "calibration.json").is_file()  # not where there are only models that existed already
     return {
         **{name: value for name, value in settings.items() if name not in nested},
@@ -368,7 +344,8 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
             for (name, text), source in zip(texts.items(), sources, strict=True)
         ],
         "tasks": [
-            {"name": name, "spec": spec, **fact} for spec, (name, fact) in zip(specs, named_tasks.items(), strict=True)
+            {"name": name, "spec": spec, **fact}
+            for spec, (name, fact) in zip(evaluation.tasks or named_tasks, named_tasks.items(), strict=True)
         ],
         "versions": versions(),
     }
@@ -396,28 +373,17 @@ def _estimate(
 
 
 def _write_outputs(out: Path) -> tuple[Path, ...]:
-    """Write what stands beside the rows: the table as CSV and Markdown, figures, and the report page."""
+    """Write what stands beside the rows: the table as CSV and Markdown, and the report page."""
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
-    from intarsia.reporting.comparison import MEAN, as_csv, as_markdown, load
-    from intarsia.reporting.comparison_report import figure_file
+    from intarsia.reporting.comparison import as_csv, as_markdown, load
     from intarsia.reporting.page import write_report
 
     comparison = load(out)
-    files = {"table.csv": as_csv(comparison), "table.md": as_markdown(comparison)}
-    # Quality against size, and against speed where it was measured: one figure a text, one for the tasks.
-    qualities = [*comparison.texts, *([MEAN] if any(row.tasks for row in comparison.rows) else [])]
-    against = {"": "parameters"}
-    if any(row.speed is not None for row in comparison.rows):
-        against["-speed"] = "decode_tokens_per_s"
-    for quality in qualities:
-        name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in quality)
-        for suffix, kind in against.items():
-            files[f"figure-{name}{suffix}.svg"] = figure_file(comparison, against=kind, quality=quality)
-    for name, content in files.items():
-        write_whole(out / name, content)
+    write_whole(out / "table.csv", as_csv(comparison))
+    write_whole(out / "table.md", as_markdown(comparison))
     write_report([out], out / REPORT)
-    return tuple(out / name for name in (*files, REPORT))
+    return tuple(out / name for name in ("table.csv", "table.md", REPORT))
 
 
 def _listed(values: Any) -> str:

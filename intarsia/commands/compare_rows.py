@@ -71,7 +71,6 @@ class Ladders:
         self.shared_forwards = 0.0
         self.layer_forwards = 0.0
         self._current: Intermediate | None = None
-        self._is_kept = False
         self._original: TeacherStates | None = None
 
     def rungs(self, method: Chosen, depths: Sequence[int]) -> Iterator[Rung]:
@@ -82,12 +81,27 @@ class Ladders:
         # The folder of `come[norm=average]` is `come-norm-average`.
         least, name = min(depths), re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
         leaps = method.create().layers_at_once > 2
-        planned = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
+        whole = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
         for depth in sorted(depths, reverse=True):
-            found, note = planned, None
-            if leaps and depth not in (*planned[2].depths, least):
-                found, note = self._plan(method, f"{name}-to-{depth:03d}", depth), "a ladder of its own"
-            yield _rung(*found, depth, note)
+            (planning, ladder, planned), note = whole, None
+            if leaps and depth not in (*planned.depths, least):
+                planning, ladder, planned = self._plan(method, f"{name}-to-{depth:03d}", depth)
+                note = "a ladder of its own"
+            if depth not in planned.depths:
+                above = planned.depths[-1] if planned.depths else planned.layers
+                why = planned.stopped or f"the ladder passes from above it to {above}"
+                yield Rung(layers=depth, note=f"not reached: {why}")
+                continue
+            steps = [entry for entry in ladder.log() if entry["layers"] >= depth]
+            yield Rung(
+                layers=depth,
+                planning=planning,
+                ladder=ladder,
+                recipe=ladder.recipe(depth),
+                layer_forwards=sum(step["layer_forwards"] for step in steps),
+                seconds=sum(step["seconds"] for step in steps),
+                note=note,
+            )
 
     def healed(self, rung: Rung, stages: Sequence[Chosen]) -> tuple[Recipe, Path, dict[str, Any]]:
         """The recipe of a rung with these heal stages, its file, and what a row says of the healing.
@@ -112,10 +126,10 @@ class Ladders:
 
     def close(self) -> None:
         """Free the hidden states."""
-        self._close_current()
-        if self._original is not None:
-            self._original.close()
-            self._original = None
+        for each in (self._current, self._original):
+            if each is not None:
+                each.close()
+        self._current, self._original = None, None
 
     def _plan(self, method: Chosen, name: str, target: int) -> tuple[Planning, Ladder, PlanResult]:
         planning = Planning(self.job, Target(layers=target), method, whole=self._measured)
@@ -128,26 +142,32 @@ class Ladders:
 
     def _measured(self, planner: Planner) -> Intermediate:
         """The original; measured where the planner needs that, once for all methods that measure it alike."""
-        current = self._model(planner.after_final_norm)
-        if self._is_kept:
+        current = self._current
+        if current is not None and current.after_final_norm != planner.after_final_norm:
+            current.close()
+            current = None
+        if current is None:
+            final = planner.after_final_norm
+            current = self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=final)
+        if current.kept:
             current.rewind()
-        if self._is_kept or not (planner.progressive or planner.measures or planner.blocks):
-            return current
-        current.look_at(None)
-        if self.passes:
-            progress.current().say("another pass over the whole model: this method measures it after the final norm")
-        before = current.layer_forwards
-        current.refresh()
-        current.keep()
-        self._is_kept = True
-        self.passes += 1
-        self.shared_forwards += current.layer_forwards - before
+        elif planner.progressive or planner.measures or planner.blocks:
+            current.look_at(None)
+            if self.passes:
+                progress.current().say(
+                    "another pass over the whole model: this method measures it after the final norm"
+                )
+            before = current.layer_forwards
+            current.refresh()
+            current.keep()
+            self.passes += 1
+            self.shared_forwards += current.layer_forwards - before
         return current
 
     def _states(self) -> TeacherStates | None:
         """The original's hidden states: as the ladders measured it, or run once where there is memory for all."""
         corpus, resident = self.job.text.calibration, self.job.resident
-        if self._current is not None and self._is_kept and (found := self._current.original()) is not None:
+        if self._current is not None and self._current.kept and (found := self._current.original()) is not None:
             return found
         if self._original is None:
             batches = Batches(corpus, resident.device, batch_tokens=self.job.runtime.batch_tokens)
@@ -155,35 +175,6 @@ class Ladders:
             if fits_in_memory(resident, batches, memory_budget):
                 self._original = TeacherStates(Loop(resident, batches, memory_budget=memory_budget), keep=True)
         return self._original
-
-    def _close_current(self) -> None:
-        if self._current is not None:
-            self._current.close()
-        self._current, self._is_kept = None, False
-
-    def _model(self, after_final_norm: bool) -> Intermediate:
-        if self._current is not None and self._current.after_final_norm != after_final_norm:
-            self._close_current()
-        if self._current is None:
-            self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=after_final_norm)
-        return self._current
-
-
-def _rung(planning: Planning, ladder: Ladder, planned: PlanResult, depth: int, note: str | None) -> Rung:
-    if depth not in planned.depths:
-        least = planned.depths[-1] if planned.depths else planned.layers
-        why = planned.stopped or f"the ladder passes from above it to {least}"
-        return Rung(layers=depth, note=f"not reached: {why}")
-    steps: list[Mapping[str, Any]] = [entry for entry in ladder.log() if entry["layers"] >= depth]
-    return Rung(
-        layers=depth,
-        planning=planning,
-        ladder=ladder,
-        recipe=ladder.recipe(depth),
-        layer_forwards=sum(step["layer_forwards"] for step in steps),
-        seconds=sum(step["seconds"] for step in steps),
-        note=note,
-    )
 
 
 class Rows:
@@ -209,8 +200,8 @@ class Rows:
             tasks: what accuracy is measured on; None for nothing.
             asked: the prompts that every model answers; None for none.
         """
-        self.asked = asked
-        self.job, self.log, self.texts, self.tasks, self.evaluation = job, log, texts, tasks, evaluation
+        self.job, self.log, self.texts = job, log, texts
+        self.tasks, self.asked, self.evaluation = tasks, asked, evaluation
         self.rows = {row.key: row for row in read_rows(log.path)}
         self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
 
@@ -240,20 +231,11 @@ class Rows:
 
     def dense(self) -> Row:
         """The row of the original."""
-        checkpoint, (method, layers, heal) = self.job.checkpoint, self.dense_key
-        row = Row(method=method, layers=layers, heal=heal, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
-        return self._with_measures(row, self._model(None), self.job.model, dense=None)
+        return self._with_measures(_whole(DENSE, self.job), self._model(None), self.job.model, dense=None)
 
     def existing(self, name: str, job: Job) -> Row:
         """The row of a model that existed already."""
-        checkpoint = job.checkpoint
-        row = Row(
-            method=name,
-            layers=checkpoint.architecture.n_layers,
-            parameters=checkpoint.parameters,
-            bytes=checkpoint.nbytes,
-            weights_sha256=job.sha256,
-        )
+        row = replace(_whole(name, job), weights_sha256=job.sha256)
         return self._doubted(self._with_measures(row, load_whole(job), name, dense=self.rows[self.dense_key]))
 
     def measured(self, row: Row, rung: Rung, recipe: Recipe, path: Path, facts: Mapping[str, Any]) -> Row:
@@ -287,12 +269,13 @@ class Rows:
 
     def _doubted(self, row: Row) -> Row:
         """A row that says where perplexity or tasks look well and the answers do not."""
-        found = doubt(self._compared(self.rows[self.dense_key]), self._compared(row))
-        return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
 
-    def _compared(self, row: Row) -> dict[str, Any]:
-        text, tasks = next(iter(self.texts), ""), row.tasks or {}
-        return {**(row.answers or {}), "perplexity": row.perplexity.get(text), "accuracy": tasks.get("mean")}
+        def measures(row: Row) -> dict[str, Any]:
+            text, tasks = next(iter(self.texts), ""), row.tasks or {}
+            return {**(row.answers or {}), "perplexity": row.perplexity.get(text), "accuracy": tasks.get("mean")}
+
+        found = doubt(measures(self.rows[self.dense_key]), measures(row))
+        return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
 
     def _wants_tasks(self, layers: int) -> bool:
         """Whether models of this depth are scored on tasks; the original is."""
@@ -303,16 +286,13 @@ class Rows:
         if row.parameters is None:
             return True  # there is no such model
         tasks = row.tasks is not None or not self._wants_tasks(row.layers)
-        return tasks and self._is_answered(row) and (row.speed is not None or not self.evaluation.speed)
-
-    def _is_answered(self, row: Row) -> bool:
-        """Whether a row's answers are to the prompts that this call asks for."""
+        if not tasks or (self.evaluation.speed and row.speed is None):
+            return False
         found, asked = row.answers, self.asked
         if asked is None:
             return True
-        if found is None or found["asked"] != [asked.answers, asked.answer_tokens]:
-            return False
-        return asked.prompts is None or found["sha256"] == asked.prompts.sha256
+        same = found is not None and found["asked"] == [asked.answers, asked.answer_tokens]
+        return same and (asked.prompts is None or (found or {})["sha256"] == asked.prompts.sha256)
 
     @cached_property
     def reference(self) -> Reference:
@@ -320,44 +300,44 @@ class Rows:
         assert self.asked is not None
         return self.asked.answered(self._model(None), seed=self.job.spec.seed, key=self.job.sha256)
 
-    def _answers(self, model: Any, dense: Row | None) -> dict[str, Any] | None:
-        if self.asked is None:
-            return None
-        followed = None if dense is None else self.reference.follow(model)
-        found = self.reference.itself() if followed is None else self.reference.score(followed, self._model(None))
-        return {**asdict(found), "asked": [self.asked.answers, self.asked.answer_tokens]}
-
     def _with_measures(self, row: Row, model: Any, name: str, dense: Row | None) -> Row:
         perplexities = {}
         for text, corpus in self.texts.items():
             found = perplexity(model, corpus)
-            perplexities[text] = {
-                "value": found.value,
-                "nll": found.nll,
-                "stderr": found.stderr if found.windows > 1 else None,  # one window has no scatter
-                "windows": found.windows,
-                "sha256": found.text_sha256,
-            }
+            facts = {"nll": found.nll, "windows": found.windows, "sha256": found.text_sha256}
+            perplexities[text] = {**found.measure, **facts}
+        answers = None
+        if self.asked is not None:
+            theirs = None if dense is None else self.reference.follow(model)
+            agreed = self.reference.itself() if theirs is None else self.reference.score(theirs, self._model(None))
+            answers = {**asdict(agreed), "asked": [self.asked.answers, self.asked.answer_tokens]}
         return replace(
             row,
             perplexity=perplexities,
-            answers=self._answers(model, dense),
-            tasks=self._tasks(model, name, dense).to_dict() if self._wants_tasks(row.layers) else None,
+            answers=answers,
+            tasks=self._tasks(model, name, dense) if self._wants_tasks(row.layers) else None,
             speed=self._speed(model, dense) if self.evaluation.speed else None,
         )
 
-    def _tasks(self, model: Any, name: str, dense: Row | None) -> TaskResults:
+    def _tasks(self, model: Any, name: str, dense: Row | None) -> dict[str, Any]:
         assert self.tasks is not None
         found = score_tasks(self.tasks, model, self.job.tokenizer, name=name)
-        if dense is None or dense.tasks is None:
-            return found
-        return with_retention(TaskResults.from_dict(dense.tasks), found)
+        if dense is not None and dense.tasks is not None:
+            found = with_retention(TaskResults.from_dict(dense.tasks), found)
+        return found.to_dict()
 
     def _speed(self, model: Any, dense: Row | None) -> dict[str, Any]:
         """Measured in turns with the original, so that other load on the machine affects both."""
         models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
         found = {name: asdict(speed) for name, speed in compare_speed(models).items()}
         return {**found.pop("this"), **found}
+
+
+def _whole(name: str, job: Job) -> Row:
+    """The row of a model that is not made here, without its measures."""
+    checkpoint = job.checkpoint
+    layers = checkpoint.architecture.n_layers
+    return Row(method=name, layers=layers, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)
 
 
 def _built_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:

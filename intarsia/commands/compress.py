@@ -20,7 +20,6 @@ from intarsia.run_dir import RunDir
 
 if TYPE_CHECKING:
     from intarsia.commands.measures import Measures
-    from intarsia.data.corpus import Corpus
     from intarsia.evaluation.results import Agreement
     from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
@@ -95,18 +94,15 @@ def compress(
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
     from intarsia.commands.job import Job
-    from intarsia.commands.measures import Evaluation, measured
+    from intarsia.commands.measures import Evaluation, measured, report_model
     from intarsia.commands.planning import Planning, heal_recipe
-    from intarsia.commands.recipes import build_recipe, card_facts
+    from intarsia.commands.recipes import build_recipe
     from intarsia.commands.report import REPORT
     from intarsia.disk import check_no_input, check_out, write_whole
     from intarsia.evaluation.agreement import doubt
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing.pipeline import check_memory, check_stages, check_turns
     from intarsia.recipe import schema
-    from intarsia.reporting.card import model_card
-    from intarsia.reporting.model_report import keep_measures
-    from intarsia.reporting.page import write_report
 
     started, report = time.perf_counter(), progress.current()
     out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_of(heal, method, target.effort)
@@ -114,7 +110,10 @@ def compress(
     # Input: everything that can be wrong is found before any work.
     check_stages(stages, runtime)
     send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run)
-    unmeasured = _built_but_not_measured(run.path / _UNMEASURED, out.path / RECIPE_FILE)
+    unmeasured = None  # the hash of the recipe, if the output is what this run built before it was killed
+    if (run.path / _UNMEASURED).is_file() and (out.path / RECIPE_FILE).is_file():
+        found = schema.content_hash(schema.load(out.path / RECIPE_FILE))
+        unmeasured = found if (run.path / _UNMEASURED).read_text(encoding="utf-8") == found else None
     read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
     inputs = inputs_of(models=[model], texts=read)
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
@@ -141,7 +140,7 @@ def compress(
     with progress.job(planning.weights(stages)) as work:
         # Text, in three disjoint parts.
         with work.part("text"):
-            job.read_text()
+            _ = job.text.calibration, job.text.selection, job.text.test
 
         with planning.opened(run) as ladder:
             # Plan.
@@ -196,24 +195,12 @@ def compress(
                 recipe_sha256=built.recipe_sha256,
                 report=out.path / REPORT,
             )
-            facts = card_facts(recipe, job.checkpoint, built, title=out.path.name)
-            facts |= {"before": before.to_dict(), "after": after.to_dict(), "evaluation": measuring.words}
-            facts["warning"] = done.warning
-            write_whole(out.path / "README.md", model_card(facts))
-            keep_measures(out.path, _kept(done, measuring.text))
-            write_report([out.path], out.path / REPORT)
+            names = ("model", "method", "before", "after", "answers", "warning", "healed")
+            costs = ("layer_forwards", "seconds", "seconds_by_part", "peak_memory_bytes")
+            facts = {name: value for name, value in done.to_dict().items() if name in (*names, *costs)}
+            report_model(recipe, job.checkpoint, built, facts | {"run": run.path.name}, measuring.text)
             (run.path / _UNMEASURED).unlink(missing_ok=True)
     return send_off(done, out.path)
-
-
-def _built_but_not_measured(marker: Path, carried: Path) -> str | None:
-    """The hash of the recipe, if the output is what this run built before it was killed."""
-    from intarsia.recipe import schema
-
-    if not (marker.is_file() and carried.is_file()):
-        return None
-    found = schema.content_hash(schema.load(carried))
-    return found if marker.read_text(encoding="utf-8") == found else None
 
 
 def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Measures) -> dict[str, Any] | None:
@@ -239,18 +226,3 @@ def _healed(healed: Healed | None, pruned: Recipe, before: Measures, after: Meas
     if whole is not None and bare is not None and now is not None and bare.nll > whole.nll:
         found["gap_closed"] = (bare.nll - now.nll) / (bare.nll - whole.nll)
     return found
-
-
-def _kept(result: CompressResult, corpus: Corpus | None) -> dict[str, Any]:
-    """What the new model's folder keeps of what was measured, for its report."""
-    facts = result.to_dict()
-    measured = ["model", "method", "before", "after", "answers", "warning", "healed"]
-    measured += ["layer_forwards", "seconds", "peak_memory_bytes"]
-    kept = {name: facts[name] for name in measured} | {"run": result.run.name}
-    if facts.get("seconds_by_part"):
-        kept["seconds_by_part"] = facts["seconds_by_part"]
-    evaluation: dict[str, Any] | None = None
-    if corpus is not None:
-        evaluation = {"text": corpus.description, "sha256": corpus.sha256}
-        evaluation |= {"windows": len(corpus), "seq_len": corpus.seq_len}
-    return {**kept, "evaluation": evaluation}

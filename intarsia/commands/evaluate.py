@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.errors import check
 from intarsia.evaluation.results import Agreement, Perplexity, TaskResults, retention, with_retention
-from intarsia.flags import Flag, flag
-from intarsia.options import AnswerSpec, ModelRef, Runtime
+from intarsia.flags import Flag, Result, flag
+from intarsia.options import AnswerSpec, ModelRef, Runtime, words
 from intarsia.recipe.recipe import Variant, identity
 
 if TYPE_CHECKING:
@@ -36,12 +36,8 @@ class TaskSpec:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", _names(self.tasks))
-
-
-def _names(given: Any) -> tuple[str, ...]:
-    """Several names, also in one text with commas."""
-    return tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
+        names = (name.strip() for text in words(self.tasks) for name in text.split(","))
+        object.__setattr__(self, "tasks", tuple(names))
 
 
 def evaluate_tasks(
@@ -70,15 +66,10 @@ def evaluate_tasks(
     """
     from intarsia.evaluation.tasks import plan_tasks
 
-    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=_names(tasks))
+    spec = tasks if isinstance(tasks, TaskSpec) else TaskSpec(tasks=words(tasks))
     check_one_device(runtime)
-    plan = plan_tasks(
-        spec.tasks,
-        limit=spec.limit,
-        include_path=spec.include_path,
-        num_fewshot=spec.num_fewshot,
-        chat=spec.chat_template,
-    )
+    how: dict[str, Any] = {name: getattr(spec, name) for name in ("limit", "include_path", "num_fewshot")}
+    plan = plan_tasks(spec.tasks, chat=spec.chat_template, **how)
     entrant = _Entrant(model, runtime)
     other = None if against is None or isinstance(against, TaskResults) else _Entrant(against, runtime)
     for each in filter(None, (entrant, other)):
@@ -97,34 +88,33 @@ class _Entrant:
     def __init__(self, model: Any, runtime: Runtime) -> None:
         from intarsia.commands.job import Job
 
-        self._runtime = runtime
-        self._job: Job | None = None
-        self._loaded: Any = None
+        self._batch_tokens = runtime.batch_tokens
         if isinstance(model, tuple):
-            self._loaded, self.tokenizer = model
-            config = getattr(self._loaded, "config", None)
-            self._name = getattr(config, "name_or_path", None) or "a model in memory"
+            loaded, self.tokenizer = model
+            config = getattr(loaded, "config", None)
+            self._load, self._name = lambda: loaded, getattr(config, "name_or_path", None) or "a model in memory"
             check((self.tokenizer is not None, f"{self._name} has no tokenizer.", "Pass (model, tokenizer)."))
         else:
-            self._job = Job(model, runtime=runtime)
-            self._name, self.tokenizer = self._job.model, self._job.tokenizer
+            job = Job(model, runtime=runtime)
+            self._load, self._name, self.tokenizer = lambda: load_whole(job), job.model, job.tokenizer
 
     def score(self, plan: TaskPlan) -> TaskResults:
         from intarsia.evaluation.tasks import score_tasks
 
-        loaded = self._loaded if self._job is None else load_whole(self._job)
-        batch_tokens = self._runtime.batch_tokens
-        return score_tasks(plan, loaded, self.tokenizer, name=self._name, batch_tokens=batch_tokens)
+        return score_tasks(plan, self._load(), self.tokenizer, name=self._name, batch_tokens=self._batch_tokens)
 
 
 def load_whole(job: Job) -> Any:
-    """A job's model as transformers loads it, or a chain of streamed layers; its weights are checked."""
+    """A job's model as transformers loads it, or a chain of streamed or spread layers; its weights are checked."""
     from intarsia.building.loaded_model import load_model
-    from intarsia.evaluation.perplexity import model_of
+    from intarsia.evaluation.perplexity import Chain, model_of
 
     assert job.sha256, "hashing also checks that all weights are finite"
     if job.runtime.stream:
         return model_of(None, job.resident, memory_budget=job.placement.memory_budget())
+    if len(job.placement.devices) > 1:
+        whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
+        return Chain(whole, job.resident)
     return load_model(job.checkpoint, device=job.device, dtype=job.dtype)
 
 
@@ -156,21 +146,17 @@ def evaluate_perplexity(
         UserError: the model or the text cannot be used.
     """
     from intarsia.commands.job import Job, check_seq_len
-    from intarsia.evaluation.perplexity import Chain, eval_corpus, perplexity
+    from intarsia.evaluation.perplexity import eval_corpus, perplexity
 
     job = Job(model, runtime=runtime)
     check_seq_len(job.checkpoint, seq_len)
     corpus = eval_corpus(text, job.tokenizer, seq_len=seq_len, windows=windows or None)
     batch = {} if runtime.batch_tokens is None else {"batch_tokens": runtime.batch_tokens}
-    if len(job.placement.devices) == 1:
-        return perplexity(load_whole(job), corpus, **batch)
-    assert job.sha256
-    whole = identity(Variant(name="base", model=job.model), job.checkpoint.architecture.n_layers)
-    return perplexity(Chain(whole, job.resident), corpus, **batch)
+    return perplexity(load_whole(job), corpus, **batch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgreementResult:
+class AgreementResult(Result):
     """Two models' answers to the same prompts."""
 
     model: str
@@ -180,19 +166,12 @@ class AgreementResult:
     agreement: Agreement
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
     def summary(self) -> dict[str, Any]:
         """A row a model, without the answers themselves."""
-        rows = [
-            {"model": name, **found.measures()}
-            for name, found in ((self.against, self.original), (self.model, self.agreement))
-        ]
-        prompts = f"{self.agreement.prompts} ({self.agreement.source})"
-        facts = {"prompts": prompts, "tokens": self.agreement.tokens, "seconds": self.seconds}
-        return {"agreement": rows, **facts}
+        found = self.agreement
+        rows = [{"model": self.against, **self.original.measures()}, {"model": self.model, **found.measures()}]
+        prompts = f"{found.prompts} ({found.source})"
+        return {"agreement": rows, "prompts": prompts, "tokens": found.tokens, "seconds": self.seconds}
 
 
 def evaluate_agreement(
@@ -216,13 +195,11 @@ def evaluate_agreement(
 
     started = time.perf_counter()
     check_one_device(replace(runtime, stream=False))
+    alone = "--stream is given without --prompts, and a streamed model does not write answers."
+    file = "Give --prompts FILE of conversations with answers, or leave --stream out."
     check(
         (answers.answers > 0, "--answers is 0, so there is nothing to measure.", "Give a number of prompts."),
-        (
-            answers.prompts is not None or not runtime.stream,
-            "--stream is given without --prompts, and a streamed model does not write answers.",
-            "Give --prompts FILE of conversations with answers, or leave --stream out.",
-        ),
+        (answers.prompts is not None or not runtime.stream, alone, file),
     )
     original, small = Job(against, runtime=runtime), Job(model, runtime=runtime)
     check_same_tokenizer(original, small)

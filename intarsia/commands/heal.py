@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
-from intarsia.errors import UserError, check
-from intarsia.flags import Flag, Result, flag, plain
-from intarsia.options import AnswerSpec, NewModel, Runtime, TextSpec
+from intarsia.errors import check
+from intarsia.flags import Flag, Result, flag
+from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
 from intarsia.progress import current
 from intarsia.registry import heal_stages
 from intarsia.run_dir import RunDir
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from intarsia.building.loaded_model import LoadedModel
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.data.corpus import Corpus
-    from intarsia.healing.pipeline import Healed
     from intarsia.recipe.recipe import Recipe
 
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
@@ -51,16 +50,10 @@ class PerplexityTexts(AnswerSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealedModel(NewModel):
+class HealedModel(JobOutput):
     """Output: where the healed model goes."""
 
-    # Run folder: state and log (default: beside the output).
-    run: Path | None = flag(None, metavar="DIR")
-
-    @property
-    def run_path(self) -> Path:
-        """The run folder: as given, or beside the output."""
-        return self.path.with_name(f"{self.path.name}.heal") if self.run is None else Path(self.run)
+    suffix = ".heal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +85,10 @@ class HealResult(Result):
 
     def summary(self) -> dict[str, Any]:
         """Without the numbers of single layers."""
-        shown = ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push")
-        data = self.to_dict()
+        shown, data = (
+            ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push"),
+            self.to_dict(),
+        )
         return {name: data[name] for name in shown if name in data}
 
 
@@ -131,11 +126,11 @@ def heal(
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.commands.job import keep_written
-    from intarsia.commands.measures import measured_stages, report_stages, table_of
-    from intarsia.commands.recipes import build_recipe
+    from intarsia.commands.measures import measured_stages, report_model
+    from intarsia.commands.recipes import build_recipe, read_recipe
     from intarsia.commands.report import REPORT
     from intarsia.disk import check_no_input, check_out
-    from intarsia.evaluation.agreement import Asked, doubt
+    from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import launch
@@ -152,7 +147,7 @@ def heal(
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
     send_off = push_later(out.push_to, private=out.private)
-    recipe = _read_source(source)
+    recipe = read_recipe(source)
     inputs = inputs_of(
         models=[] if teacher is None else [teacher],
         recipe=recipe,
@@ -171,7 +166,7 @@ def heal(
     asked = Asked.of(evaluation, subject.tokenizer, subject.base.architecture.config, stream=runtime.stream)
     settings = {
         **subject.facts(),
-        **{name: value for name, value in plain(text).items() if name != "sources"},
+        **{name: getattr(text, name) for name in ("tokens", "seq_len", "seed")},
         "data": list(text.sources),
         "eval_text": list(evaluation.text),
         "eval_windows": evaluation.windows,
@@ -185,7 +180,7 @@ def heal(
     with ExitStack() as opened:
         if main:
             run.check(settings)
-            if not subject.writes_text:
+            if not text.writes:
                 _ = subject.text_parts  # too little text must leave no run folder
             opened.enter_context(run.opened(settings))
             corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
@@ -214,7 +209,7 @@ def heal(
             batch_tokens=runtime.batch_tokens,
         )
         healed = run_stages(context, recipe, chosen)
-        measured = None
+        measured: dict[str, Any] = {}
         if main and asked is not None:
             measured = measured_stages(context, healed, asked, seed=text.seed, key=subject.sha256)
 
@@ -226,46 +221,29 @@ def heal(
         final = replace(given, fitted=healed.recipe.fitted, provenance={**given.provenance, "heal": account})
         if main:
             built = build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
-            report_stages(built, final, subject.base, measured, held_out)
+            report_model(final, subject.base, built, measured, held_out)
             forget(run.path)
         wait()
-    rows = () if measured is None else table_of(measured[0])
+    first, last = healed.stages[0].quality["errors"], healed.stages[-1].quality["errors"]
     result = HealResult(
         source=source,
         out=out.path,
         run=run.path,
         teacher=subject.teacher_name,
         stages=tuple(result.row() for result in healed.stages),
-        layers=_layers(given, healed),
+        layers=tuple(
+            {"layer": index, "span": f"{start}-{stop - 1}", "error_before": before, "error_after": after}
+            for index, ((start, stop), before, after) in enumerate(zip(given.spans, first, last, strict=True))
+        ),
         details={result.stage: result.details for result in healed.stages[1:]},
         recipe_sha256=schema.content_hash(final),
-        answers=rows,
-        warning=doubt(rows[0], rows[-1]) if rows else None,
+        answers=tuple(measured.get("models", ())),
+        warning=measured.get("warning"),
         report=out.path / REPORT if main else None,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
     return send_off(result, out.path) if main else result
-
-
-def _read_source(source: Path) -> Recipe:
-    """The recipe of a built model, in a file, or of a run folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    from intarsia.building.materialize import RECIPE_FILE
-    from intarsia.commands.recipes import read_recipe
-    from intarsia.recipe import schema
-
-    if (source / RECIPE_FILE).is_file():
-        return schema.load(source / RECIPE_FILE)
-    if source.is_dir() and (source / "config.json").exists():
-        raise UserError(
-            f"{source} is a model without a recipe.",
-            "Heal what `intarsia compress` or `intarsia build` has made, or a recipe file.",
-        )
-    return read_recipe(source)
 
 
 class Subject:
@@ -296,18 +274,13 @@ class Subject:
         placed = Placement.of(runtime)
         self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
         self.variants = {name: verified(each) for name, each in open_variants(recipe).items()}
-        self.base = self.variants[recipe.base]
+        self.base, self._blended = self.variants[recipe.base], len(self.variants) > 1
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         if self.teacher is not None:
             check_teacher(recipe, self.base.architecture, self.teacher.architecture, name=str(teacher))
         check_seq_len(self.base, text.seq_len)
         self.tokenizer = load_tokenizer(self.base)
-        self.writes_text = check_streamed_text(text, runtime, option="--data")
-
-    @property
-    def _blended(self) -> bool:
-        """Whether several models are in it."""
-        return len(self.variants) > 1
+        check_streamed_text(text, runtime, option="--data")
 
     @property
     def teacher_name(self) -> str:
@@ -375,7 +348,11 @@ class Subject:
         corpus, seq_len = self._draw(self.text.tokens), self.text.seq_len
         number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
         train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
-        seen = _seen_tokens(self.recipe, corpus, self.text.seed)
+        # Tokens of this very text, from the first on, that what the recipe holds was fitted on.
+        said = self.recipe.provenance.get("calibration") or {}
+        same = {"text": corpus.description, "seq_len": seq_len, "seed": self.text.seed}
+        fits = bool(self.recipe.fitted) and all(said.get(name) == value for name, value in same.items())
+        seen = int(said.get("tokens", 0)) if fits else 0
         if seen > train.tokens:
             current().say(f"{seen} tokens of this text were fitted on before: later ones are held out")
             # A longer draw has the same sequences first.
@@ -390,20 +367,3 @@ class Subject:
         parts = draw(text, self.tokenizer, writer=lambda: self.resident.model, writer_key=self.sha256)
         corpus, self.written = parts.calibration, self.written or parts.written
         return corpus
-
-
-def _seen_tokens(recipe: Recipe, corpus: Corpus, seed: int) -> int:
-    """Tokens of this very text, from the first on, that what a recipe holds was fitted on."""
-    said = recipe.provenance.get("calibration") or {}
-    same = {"text": corpus.description, "seq_len": corpus.seq_len, "seed": seed}
-    fits = bool(recipe.fitted) and all(said.get(name) == value for name, value in same.items())
-    return int(said.get("tokens", 0)) if fits else 0
-
-
-def _layers(recipe: Recipe, healed: Healed) -> tuple[dict[str, Any], ...]:
-    first, last = healed.stages[0].quality, healed.stages[-1].quality
-    rows = zip(recipe.spans, first["errors"], last["errors"], strict=True)
-    return tuple(
-        {"layer": index, "span": f"{start}-{stop - 1}", "error_before": before, "error_after": after}
-        for index, ((start, stop), before, after) in enumerate(rows)
-    )

@@ -11,10 +11,12 @@ from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.model_name import check_model
 from intarsia.pruning.ladder import Ladder
-from intarsia.pruning.step import describe, mlp_pieces, of_experts
+from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Recipe, format_ranges
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
+from intarsia.reporting.plan_report import step_words
+from intarsia.reporting.puzzle import made_of
 from intarsia.tailoring.run import FACTS as SEARCH
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def inspect(
     from intarsia.checkpoint.resolve import open_checkpoint
 
     checkpoint = open_checkpoint(source)
-    facts = _model_facts(checkpoint)
+    removal = checkpoint.architecture.inspected is not None
+    facts = _removal_facts(checkpoint) if removal else _model_facts(checkpoint)
     if checkpoint.wrapper is not None:
         rest = sum(header.numel for header in checkpoint.kept.values())
         facts["around_it"] = f"{checkpoint.wrapper.config['model_type']}: {rest:,} parameters stay byte for byte"
@@ -80,8 +83,8 @@ def inspect(
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     architecture = checkpoint.architecture
-    if architecture.inspected is not None:
-        return _removal_facts(checkpoint)
+    heads = f"{architecture.heads_per_group} query heads of {architecture.head_dim} each"
+    channels, experts = architecture.n_channels, architecture.n_experts
     facts: dict[str, Any] = {
         "family": architecture.family.title,
         "tier": "known: its layers can be removed, merged and joined from pieces",
@@ -91,21 +94,18 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "layer_parameters": architecture.layer_parameters,
         "share_of_a_layer": f"{architecture.layer_parameters / checkpoint.parameters:.2%} of all parameters",
         "bytes": checkpoint.nbytes,
-        "kv_groups": f"{architecture.n_kv_heads} a layer, "
-        f"{architecture.heads_per_group} query heads of {architecture.head_dim} each",
-        "mlp_channels": f"{architecture.n_channels} a layer"
-        if not architecture.n_experts
-        else f"{architecture.n_experts} experts a layer, {architecture.n_channels} channels each; pieces are experts",
+        "kv_groups": f"{architecture.n_kv_heads} a layer, {heads}",
+        "mlp_channels": f"{experts} experts a layer, {channels} channels each; pieces are experts"
+        if experts
+        else f"{channels} a layer",
         **({"attention_and_mlp": "side by side, on one residual stream"} if architecture.parallel else {}),
         "vocabulary": architecture.vocabulary,
         "tied_embeddings": architecture.tied,
+        "can_be_removed": "any layer",
     }
     if architecture.layer_types is not None:
-        kinds = list(dict.fromkeys(architecture.layer_types))
-        facts["layer_types"] = ", ".join(f"{kind}: {architecture.layer_types.count(kind)}" for kind in kinds)
-    facts["can_be_removed"] = "any layer" + (
-        "; layers of one kind can be merged and joined" if facts.get("layer_types") else ""
-    )
+        facts["layer_types"] = _counted(architecture.layer_types)
+        facts["can_be_removed"] += "; layers of one kind can be merged and joined"
     if architecture.approximations:
         facts["not_exact_when_merged"] = list(architecture.approximations)
     return facts
@@ -148,11 +148,11 @@ def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "tier": "removal: its layers can be removed, and not joined",
         "why": architecture.inspected.reason,
         "layers": f"{architecture.n_layers}, of width {architecture.width}",
-        "kinds": ", ".join(f"{kind}: {kinds.count(kind)}" for kind in dict.fromkeys(kinds)),
+        "kinds": _counted(kinds),
         "parameters": parameters,
         "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, in the mean",
         "follows_the_layers": ", ".join([*architecture.per_layer, *architecture.inspected.tables]) or "nothing else",
-        "can_be_removed": f"{_runs(free)}; several, where every kind stays and the config can say it"
+        "can_be_removed": f"{format_ranges(free)}; several, where every kind stays and the config can say it"
         if free
         else "none",
         "exact": "a model without layers is the one in which they are skipped; "
@@ -160,11 +160,8 @@ def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _runs(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: 0-4, 7."""
-    starts = [number for number in numbers if number - 1 not in numbers]
-    ends = [number for number in numbers if number + 1 not in numbers]
-    return ", ".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+def _counted(kinds: Sequence[str]) -> str:
+    return ", ".join(f"{kind}: {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
 
 
 def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
             "layer": index,
             "original": f"{first}" if stop - first == 1 else f"{first}-{stop - 1}",
             "op": type(op).__name__.lower(),
-            "made_of": "; ".join(_made_of(name, pieces, mlp) for name, pieces in describe(op).items()),
+            "made_of": made_of(op, mlp, named=True),
             "fitted": ", ".join(recipe.fitted.get(index, ())) or None,
         }
         for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
@@ -188,21 +185,13 @@ def _recipe_facts(recipe: Recipe, *, mixture: bool = False) -> dict[str, Any]:
     }
 
 
-def _made_of(name: str, pieces: Any, mlp: str) -> str:
-    if isinstance(pieces, dict):
-        return f"{name} ({pieces['kv_groups']} KV groups, {pieces['channels']} {mlp})"
-    return name
-
-
 def _run_facts(run: Ladder) -> dict[str, Any]:
     settings, depths = run.settings(), run.depths()
     mlp = mlp_pieces(bool(depths) and of_experts(run.recipe(depths[0]).provenance))
     steps = [
         {
             "layers": entry["layers"],
-            "made_of": "dropped"
-            if entry["op"] is None
-            else "; ".join(_made_of(name, pieces, mlp) for name, pieces in entry["op"].items()),
+            "made_of": step_words(entry, mlp),
             "calibration_loss": entry["loss"],
             "layer_forwards": round(entry["layer_forwards"], 2),
             "seconds": round(entry["seconds"], 1),

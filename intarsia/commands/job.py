@@ -39,7 +39,6 @@ from intarsia.model_name import lasting
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
-_TEXT = "calibration"
 WRITTEN = "self.jsonl"
 """What a model wrote itself, in the run folder."""
 
@@ -63,8 +62,12 @@ class Placement:
         """
         problems, found = Problems(), list[torch.device]()
         for name in runtime.devices or (runtime.device,):
-            with problems:
-                found.append(device_of(name))
+            try:
+                found.append(default_device() if name is None else torch.device(name))
+                torch.empty(0, device=found[-1])
+            except (RuntimeError, AssertionError) as error:
+                said = str(error).partition("\n")[0].rstrip(".")
+                problems.add(f"There is no device {name!r} here: {said}.", "Give one such as cpu or cuda:0.")
         problems.raise_any()
         return cls(devices=tuple(found), runtime=runtime)
 
@@ -80,10 +83,8 @@ class Placement:
 
     def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> LoadedModel:
         """A model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
-        first, stream = self.devices[0], self.runtime.stream
-        return LoadedModel(
-            checkpoint, device=first, dtype=self.dtype, others=others, stream=stream, devices=self.devices
-        )
+        how: dict[str, Any] = {"others": others, "stream": self.runtime.stream, "devices": self.devices}
+        return LoadedModel(checkpoint, device=self.device, dtype=self.dtype, **how)
 
     def memory_budget(self, folder: Path | None = None) -> MemoryBudget:
         """Memory for hidden states; what does not fit goes to files in a folder (default: of the system)."""
@@ -167,22 +168,9 @@ class Job:
         assert self._text is not None, "this job has no text"
         return self._text
 
-    def read_text(self) -> None:
-        """Read all parts of the text.
-
-        Raises:
-            UserError: as `text` does.
-        """
-        for part in ("calibration", "selection", "test"):
-            getattr(self.text, part)
-
     @cached_property
     def text(self) -> TextParts:
-        """The calibration text, with what is held out of it.
-
-        Raises:
-            UserError: there are more sources than sequences, or a streamed model would have to write it.
-        """
+        """The calibration text, with what is held out of it."""
         key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
@@ -214,16 +202,12 @@ def check_same_tokenizer(first: Job, other: Job) -> None:
         UserError: their tokenizers differ.
     """
     sample = "Tokens, 1234 of them:\n\tthe same ones?"
-    same = first.tokenizer.get_vocab() == other.tokenizer.get_vocab() and (
-        first.tokenizer(sample)["input_ids"] == other.tokenizer(sample)["input_ids"]
-    )
-    check(
-        (
-            same,
+    one, two = first.tokenizer, other.tokenizer
+    if one.get_vocab() != two.get_vocab() or one(sample)["input_ids"] != two(sample)["input_ids"]:
+        raise UserError(
             f"{other.model} has another tokenizer than {first.model}.",
             "Give two models with one tokenizer, such as a model and what was made from it.",
         )
-    )
 
 
 def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
@@ -243,32 +227,12 @@ def check_streamed_text(text: TextSpec, runtime: Runtime, *, option: str) -> boo
     Raises:
         UserError: it would have to, and it is streamed.
     """
-    writes = writes_some(",".join(text.sources))
-    check(
-        (
-            not (writes and runtime.stream),
+    if text.writes and runtime.stream:
+        raise UserError(
             f"{option} self lets the model write, and with --stream it is read anew for every token.",
             "Give a file or data set, or let it write once without --stream: what it writes is kept.",
         )
-    )
-    return writes
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"There is no device {name!r} here: {said}.", "Give one such as cpu or cuda:0.") from error
-    return device
+    return text.writes
 
 
 def target_depth(target: Target, architecture: Architecture, parameters: int) -> int:
@@ -284,23 +248,17 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
     assert target.sparsity is not None
     share = architecture.layer_parameters / parameters
     removed = math.ceil(target.sparsity / share - 1e-9)
-    most = math.floor((depth - 1) * share * 10_000) / 10_000
-    check(
-        (
-            removed < depth,
+    if removed >= depth:
+        most = math.floor((depth - 1) * share * 10_000) / 10_000
+        raise UserError(
             f"--sparsity is {target.sparsity}; all layers but one hold {most:.2%} of the parameters.",
             f"Give at most {most}; embeddings are not pruned.",
         )
-    )
     return depth - removed
 
 
 def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
-    """What of a model and of its text decides a result; `Runtime` does not.
-
-    Raises:
-        UserError: the model or the calibration text cannot be used.
-    """
+    """What of a model and of its text decides a result; `Runtime` does not."""
     _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
     return {
         # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
@@ -317,22 +275,12 @@ def calibration_of(run: RunDir, job: Job) -> str:
     """How the settings of a run name the text: as when it was started, where it is the same text by another name.
 
     Only text with another name is read here. What a model wrote has no other name.
-
-    Raises:
-        UserError: the text cannot be read.
     """
     given = ",".join(job.spec.sources)
-    if not (run.path / f"{_TEXT}.json").is_file():
+    started = str(run.pinned()["calibration"]) if (run.path / "calibration.json").is_file() else given
+    if started == given or job.spec.writes or "self" in started.split(","):
         return given
-    started = str(run.pinned()["calibration"])
-    if started == given or writes_some(started) or writes_some(given):
-        return given
-    return started if job.text.calibration.sha256 == run.pinned(_TEXT)["sha256"] else given
-
-
-def writes_some(calibration: str) -> bool:
-    """Whether the model writes some of a text, as settings name it."""
-    return "self" in [name.strip() for name in calibration.split(",")]
+    return started if job.text.calibration.sha256 == run.pinned("calibration")["sha256"] else given
 
 
 def pin_text(run: RunDir, job: Job) -> None:
@@ -342,7 +290,7 @@ def pin_text(run: RunDir, job: Job) -> None:
         UserError: they are others.
     """
     corpus = job.text.calibration
-    run.pin(_TEXT, {"sha256": corpus.sha256, "tokens": corpus.tokens})
+    run.pin("calibration", {"sha256": corpus.sha256, "tokens": corpus.tokens})
     keep_written(run, job.text.written, job.tokenizer)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from intarsia.commands.recipes import card_facts
 from intarsia.commands.report import REPORT
 from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
-from intarsia.errors import check
+from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Asked, doubt
 from intarsia.evaluation.perplexity import Chain, eval_corpus, model_of, perplexity
 from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults, with_retention
@@ -34,9 +34,6 @@ from intarsia.reporting.page import write_report
 
 _SHARE_OF_FREE = 0.8
 _WRITTEN = 16  # tokens, after a prompt, that speed is measured on
-
-Rows: TypeAlias = dict[str, dict[str, Any]]
-"""Perplexity and answers by model: `original`, `as it came`, and `healed` where a stage was accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +58,15 @@ class Measures:
     decode_per_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-
-        def plain(found: Perplexity | None) -> dict[str, Any] | None:
-            # One window has no scatter.
-            return (
-                None if found is None else {"value": found.value, "stderr": found.stderr if found.windows > 1 else None}
-            )
-
-        data: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if name == "answers":
-                data |= {} if value is None else value.measures()
-            elif name != "other_perplexities":
-                data[name] = plain(value) if name.startswith("perplexity") else value
-        return data | {f"perplexity of {name}": plain(found) for name, found in self.other_perplexities.items()}
+        """As plain data, a row of a table: measures with their errors as mappings."""
+        perplexities = {"perplexity": self.perplexity, "perplexity_without_heal": self.perplexity_without_heal}
+        perplexities |= {f"perplexity of {name}": found for name, found in self.other_perplexities.items()}
+        return {
+            **{name: getattr(self, name) for name in ("layers", "parameters", "bytes")},
+            **{name: None if found is None else found.measure for name, found in perplexities.items()},
+            **({} if self.answers is None else self.answers.measures()),
+            **{name: getattr(self, name) for name in ("accuracy", "prefill_per_s", "decode_per_s")},
+        }
 
 
 @dataclass(kw_only=True)
@@ -99,22 +89,18 @@ class Evaluation:
         Raises:
             UserError: a text or task cannot be used.
         """
-        check(
-            (
-                not (spec.tasks and job.runtime.stream),
-                "--tasks is given with --stream, and tasks need the whole model in memory.",
-                "Leave one of them out.",
+        if spec.tasks and job.runtime.stream:
+            raise UserError(
+                "--tasks is given with --stream, and tasks need the whole model in memory.", "Leave one of them out."
             )
+        how: dict[str, Any] = {"seq_len": job.spec.seq_len, "windows": spec.windows or None}
+        named = {text.rpartition("=")[0] or text: text.rpartition("=")[2] for text in spec.text}
+        return cls(
+            texts={name: eval_corpus(source, job.tokenizer, **how) for name, source in named.items()},
+            tasks=TaskPlan.of(spec, job.tokenizer),
+            speed=spec.speed and not job.runtime.stream,
+            asked=Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream),
         )
-        texts = {
-            spec_of.rpartition("=")[0] or spec_of: eval_corpus(
-                spec_of.rpartition("=")[2], job.tokenizer, seq_len=job.spec.seq_len, windows=spec.windows or None
-            )
-            for spec_of in spec.text
-        }
-        tasks = TaskPlan.of(spec, job.tokenizer)
-        asked = Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream)
-        return cls(texts=texts, tasks=tasks, speed=spec.speed and not job.runtime.stream, asked=asked)
 
     @property
     def text(self) -> Corpus | None:
@@ -148,7 +134,6 @@ def measured(
     Args:
         unhealed: the recipe before it was healed, whose perplexity is measured too; None where nothing was healed.
     """
-
     streams, report = job.runtime.stream, progress.current()
     memory_budget = job.placement.memory_budget() if streams else None
 
@@ -192,7 +177,11 @@ def measured(
         evaluation.accuracy = with_retention(dense, pruned).to_dict()
 
     def measures(
-        checkpoint: Checkpoint, found: Mapping[str, Perplexity], speed: Speed | None, scored: TaskResults | None
+        checkpoint: Checkpoint,
+        found: Mapping[str, Perplexity],
+        speed: Speed | None,
+        scored: TaskResults | None,
+        **more: Any,
     ) -> Measures:
         return Measures(
             layers=checkpoint.architecture.n_layers,
@@ -203,67 +192,66 @@ def measured(
             accuracy=None if scored is None else scored.mean,
             prefill_per_s=None if speed is None else speed.prefill_tokens_per_s,
             decode_per_s=None if speed is None else speed.decode_tokens_per_s,
+            **more,
         )
 
-    whole = measures(job.checkpoint, before, speeds.get("before"), dense)
-    healed = measures(small, after, speeds.get("after"), pruned)
+    itself, bare = None if reference is None else reference.itself(), next(iter(without.values()), None)
     return (
-        replace(whole, answers=None if reference is None else reference.itself()),
-        replace(healed, perplexity_without_heal=next(iter(without.values()), None), answers=answers),
+        measures(job.checkpoint, before, speeds.get("before"), dense, answers=itself),
+        measures(small, after, speeds.get("after"), pruned, answers=answers, perplexity_without_heal=bare),
     )
 
 
-def measured_stages(
-    context: HealContext, healed: Healed, asked: Asked, *, seed: int, key: str
-) -> tuple[Rows, Agreement]:
+def measured_stages(context: HealContext, healed: Healed, asked: Asked, *, seed: int, key: str) -> dict[str, Any]:
     """Measures of the original, of the model as it came and, where a stage was accepted, as it is healed.
 
     Args:
         key: the hash of the original's weights.
 
     Returns:
-        Perplexity and answers by model, and all of the answers of the last one.
+        As `report_model` takes them, with `models`: a row for each.
     """
     budget = MemoryBudget(context.memory_bytes)
     original = model_of(None, context.resident, memory_budget=budget)
     reference = asked.answered(original, seed=seed, key=key)
     answers = reference.itself()
-    rows: Rows = {"original": _row(asdict(perplexity(original, context.held_out)), answers)}
+    rows = {"original": {"perplexity": perplexity(original, context.held_out).measure, **answers.measures()}}
     stages = {"as it came": healed.stages[0], **({"healed": healed.stages[-1]} if healed.taken else {})}
     for name, stage in stages.items():
         model = model_of(stage.recipe, context.resident, memory_budget=budget)
         answers = reference.score(reference.follow(model), original)
-        rows[name] = _row(stage.quality["texts"][0], answers)
-    return rows, answers
+        found = {key: stage.quality["texts"][0][key] for key in ("value", "stderr")}
+        rows[name] = {"perplexity": found, **answers.measures()}
+    before, *_, after = rows.values()
+    models = [{"model": name, **row} for name, row in rows.items()]
+    return {
+        "before": before,
+        "after": after,
+        "warning": doubt(before, after),
+        "answers": asdict(answers),
+        "models": models,
+    }
 
 
-def _row(perplexity: Mapping[str, Any], answers: Agreement) -> dict[str, Any]:
-    return {"perplexity": {name: perplexity[name] for name in ("value", "stderr")}, **answers.measures()}
-
-
-def report_stages(
-    built: BuildResult, recipe: Recipe, base: Checkpoint, measured: tuple[Rows, Agreement] | None, text: Corpus
+def report_model(
+    recipe: Recipe, base: Checkpoint, built: BuildResult, measured: Mapping[str, Any], text: Corpus | None
 ) -> None:
-    """Write the report of a healed model, and what was measured into its card.
+    """Write what was measured into the card and the folder of a built model, and its report.
 
     Args:
-        measured: as `measured_stages` gives it; None where nothing was measured.
+        measured: `before`, `after`, `warning`, and what else `keep_measures` keeps; empty where nothing was measured.
         text: what perplexity was measured on.
     """
-    if measured is not None:
-        rows, answers = measured
-        first, *_, last = rows.values()
+    if measured:
         facts = card_facts(recipe, base, built, title=built.out.name)
-        facts |= {"before": {**facts["before"], **first}, "after": {**facts["after"], **last}}
-        facts |= {"warning": doubt(first, last), "evaluation": text.description}
+        evaluation: dict[str, Any] | None = None
+        if text is not None:
+            facts["evaluation"] = f"{text.description}, {len(text)} windows of {text.seq_len} tokens"
+            evaluation = {"text": text.description, "sha256": text.sha256}
+            evaluation |= {"windows": len(text), "seq_len": text.seq_len}
+        before, after = ({**facts[name], **measured[name]} for name in ("before", "after"))
+        facts |= {"before": before, "after": after, "warning": measured["warning"]}
         write_whole(built.out / "README.md", model_card(facts))
-        evaluation = {"text": text.description, "sha256": text.sha256, "windows": len(text), "seq_len": text.seq_len}
-        kept = {name: facts[name] for name in ("model", "before", "after", "warning")}
-        kept |= {"answers": asdict(answers), "models": table_of(rows), "evaluation": evaluation}
+        kept = {"model": facts["model"], **measured, "before": before, "after": after, "evaluation": evaluation}
         keep_measures(built.out, kept)
     write_report([built.out], built.out / REPORT)
-
-
-def table_of(rows: Rows) -> tuple[dict[str, Any], ...]:
-    """A row a model."""
-    return tuple({"model": name, **row} for name, row in rows.items())

@@ -9,7 +9,7 @@ from typing import Any
 
 from intarsia import progress
 from intarsia.activations.architecture_checks import verified
-from intarsia.commands.job import Job, pin_text, settings_of, target_depth, versions, writes_some
+from intarsia.commands.job import Job, pin_text, settings_of, target_depth, versions
 from intarsia.commands.plan import PlanResult
 from intarsia.disk import read_json
 from intarsia.errors import UserError
@@ -73,14 +73,8 @@ class Planning:
         self._model: Intermediate | None = None
         job.checkpoint = verified(job.checkpoint)
         self.target = target_depth(target, job.checkpoint.architecture, job.checkpoint.parameters)
-        self.estimate = estimate(
-            job.checkpoint,
-            self.planner,
-            self.target,
-            tokens=job.spec.tokens,
-            seq_len=job.spec.seq_len,
-            dtype=job.dtype,
-        )
+        how: dict[str, Any] = {"tokens": job.spec.tokens, "seq_len": job.spec.seq_len, "dtype": job.dtype}
+        self.estimate = estimate(job.checkpoint, self.planner, self.target, **how)
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
         """Passes over the calibration text of those heal stages that say how many they take."""
@@ -91,7 +85,7 @@ class Planning:
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
-        writing = 2.5 * (1 + 2 / 8) if writes_some(",".join(self.job.spec.sources)) else 0.1
+        writing = 2.5 * (1 + 2 / 8) if self.job.spec.writes else 0.1
         healing = self.heal_passes_at_most(stages)
         planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
@@ -103,7 +97,16 @@ class Planning:
         Raises:
             UserError: the folder holds a run with other settings, or the text cannot be used: nothing is written then.
         """
-        settings, ladder = self.settings(run), Ladder(run)
+        ladder, settings = (
+            Ladder(run),
+            {
+                **settings_of(run, self.job),
+                "method": self.method.name,
+                "planner": plain(self.method.settings),
+                # A step of more than two layers is smaller at the end, so that the ladder depends on it.
+                "target": self.target if self.planner.layers_at_once > 2 else None,
+            },
+        )
         run.check(settings)
         if not ladder.reaches(self.target):
             _ = self.job.text.calibration  # a mistyped text must leave no folder
@@ -125,23 +128,23 @@ class Planning:
         Args:
             scratch: where hidden states go that do not fit into memory.
         """
+        planner, model = self.planner, self._model
         if self._shared is not None:
-            self._model = self._shared(self.planner)
-        elif self._model is None:
-            model = self._model = original(self.job, scratch, after_final_norm=self.planner.after_final_norm)
-            model.look_at(self.planner.plan_tokens)
-            if self.planner.measures or self.planner.progressive or self.planner.blocks:
+            model = self._shared(planner)
+        elif model is None:
+            model = original(self.job, scratch, after_final_norm=planner.after_final_norm)
+            model.look_at(planner.plan_tokens)
+            if planner.measures or planner.progressive or planner.blocks:
                 model.refresh()
-                memory_budget = model.loop.memory_budget
-                if self.planner.blocks or (
-                    self.heals and fits_in_memory(self.job.resident, model.batches, memory_budget)
-                ):
+                fits = fits_in_memory(self.job.resident, model.batches, model.loop.memory_budget)
+                if planner.blocks or (self.heals and fits):
                     model.keep()
-        elif self._model.kept:
-            self._model.rewind()
-        self._model.look_at(self.planner.plan_tokens)
-        self._model.criterion = self.planner.criterion
-        return self._model
+        elif model.kept:
+            model.rewind()
+        model.look_at(planner.plan_tokens)
+        model.criterion = planner.criterion
+        self._model = model
+        return model
 
     def states(self) -> TeacherStates | None:
         """The original's hidden states, where they were measured and kept."""
@@ -153,42 +156,21 @@ class Planning:
         whole = identity(recipe.variant(recipe.base), recipe.depth).layers
         steps = [entry["evidence"] for entry in ladder.log() if entry["layers"] == len(recipe.layers)]
         others = self.planner.other_finalists(steps[0], whole, architecture) if steps else {}
-        found = (Start(name=name, recipe=recipe.with_layers(layers)) for name, layers in others.items())
-        return (*found, *self._blocks(ladder, recipe))
-
-    def _blocks(self, ladder: Ladder, recipe: Recipe) -> tuple[Start, ...]:
-        """The original without each of the best blocks of layers, as far as the method asks for them; recorded."""
+        finalists = tuple(Start(name=name, recipe=recipe.with_layers(layers)) for name, layers in others.items())
         removed = recipe.depth - len(recipe.layers)
         if not self.planner.blocks or removed < 1:
-            return ()
+            return finalists
+        # The original without each of the best blocks of layers, recorded.
         name = f"blocks/layers-{len(recipe.layers):03d}.json"
         if not (ladder.path / name).is_file():
             model = self.whole(ladder.run.scratch)
             ladder.run.write_json(name, {"blocks": best_blocks(model, removed, self.planner.blocks)})
         remedy = "Delete it; the blocks are then compared again."
         found = read_json(ladder.path / name, expected="blocks of layers", remedy=remedy)
-        return starts_of(recipe, found["blocks"], self.job.checkpoint.architecture)
-
-    def settings(self, run: RunDir) -> dict[str, Any]:
-        """What decides the plan.
-
-        Raises:
-            UserError: the model or the calibration text cannot be used.
-        """
-        return {
-            **settings_of(run, self.job),
-            "method": self.method.name,
-            "planner": plain(self.method.settings),
-            # Where more than two layers are merged at once, the last step merges fewer: the ladder depends on its end.
-            "target": self.target if self.planner.layers_at_once > 2 else None,
-        }
+        return (*finalists, *starts_of(recipe, found["blocks"], architecture))
 
     def work(self, ladder: Ladder) -> PlanResult:
-        """The steps that are missing, recorded in the run folder, which is open.
-
-        Raises:
-            UserError: the disk is full, the text is another, or what is measured is not finite.
-        """
+        """The steps that are missing, recorded in the run folder, which is open."""
         if ladder.reaches(self.target):
             progress.current().say(f"{ladder.path}: planned already")
             return self.result(ladder)
@@ -236,8 +218,7 @@ class Planning:
             "settings": plain(self.method.settings),
             "calibration": {
                 "text": corpus.description,
-                "tokens": corpus.tokens,
-                "seq_len": corpus.seq_len,
+                **{name: getattr(corpus, name) for name in ("tokens", "seq_len")},
                 "seed": job.spec.seed,
                 "sha256": corpus.sha256,
             },
@@ -274,9 +255,6 @@ def heal_recipe(
 
     Args:
         states: the original's hidden states on that text, where others than the plan know them.
-
-    Raises:
-        UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     if not stages:
         return None

@@ -58,9 +58,8 @@ def push(
         raise UserError(f"{source} is {found}.", "Pass what `build`, `compress`, `heal` or `export` has written.")
     account = _account(repository)
     repository = repository if "/" in repository else f"{account}/{repository}"
-    if source.is_file():
-        files = {source.name: source}
-    else:
+    files = {source.name: source}
+    if source.is_dir():
         every = {file.relative_to(source).as_posix(): file for file in sorted(source.rglob("*")) if file.is_file()}
         files = {name: file for name, file in every.items() if not any(p.startswith(".") for p in Path(name).parts)}
     mentions: tuple[str, ...] = ()
@@ -91,29 +90,23 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
 
     Args:
         dry_run: nothing is written; the result only says where it would go.
-
-    Raises:
-        UserError: see `push`; so does what is returned.
     """
     if repository is None:
         return lambda result, out: result
     account = _account(repository)
 
     def send_off(result: R, out: Path) -> R:
-        wanted = {"repository": repository, "private": private, "account": account, "sent": False}
-        sent: dict[str, Any] = wanted if dry_run else push(out, repository, private=private).to_dict()
-        facts = sent if dry_run else {**sent, "files": len(sent["files"])}
+        facts: dict[str, Any] = {"repository": repository, "private": private, "account": account, "sent": False}
+        if not dry_run:
+            facts = push(out, repository, private=private).to_dict()
+            facts["files"] = len(facts["files"])
         return dataclasses.replace(result, push=facts)  # type: ignore[type-var]
 
     return send_off
 
 
 def _account(repository: str) -> str:
-    """The account that is logged in, checked before the work.
-
-    Raises:
-        UserError: nobody is, the hub cannot be reached, or the name is none that it takes.
-    """
+    """The account that is logged in, checked before the work."""
     import huggingface_hub
     from huggingface_hub.utils import validate_repo_id
 
@@ -127,11 +120,7 @@ def _account(repository: str) -> str:
 
 
 def _send(what: Path, repository: str, names: list[str], *, private: bool) -> str:
-    """Make the repository where it does not exist, and send everything in one commit; its address.
-
-    Raises:
-        UserError: the hub did not take it. The folder stays as it is.
-    """
+    """Make the repository where it does not exist, and send everything in one commit; its address."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi()

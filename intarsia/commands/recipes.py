@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from intarsia.building.materialize import materialize
+from intarsia.building.materialize import RECIPE_FILE, materialize
 from intarsia.checkpoint.adapter import open_variant
 from intarsia.checkpoint.hashing import scan
 from intarsia.checkpoint.reader import Checkpoint
@@ -26,12 +26,18 @@ PICTURE = "puzzle.svg"
 
 
 def read_recipe(source: Path, layers: int | None = None) -> Recipe:
-    """The recipe in a file, or one of a run folder's.
+    """The recipe in a file, of a built model, or one of a run folder's.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    if source.is_dir():
+    carried = source / RECIPE_FILE
+    if source.is_dir() and not carried.is_file():
+        if (source / "config.json").exists():
+            raise UserError(
+                f"{source} is a model without a recipe.",
+                "Give what `intarsia compress` or `intarsia build` has made, or a recipe file.",
+            )
         run = Ladder.existing(source)
         depths = run.depths()
         if not depths:
@@ -46,7 +52,7 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         return run.recipe(depths[-1] if layers is None else layers)
     if layers is not None:
         raise UserError(f"--layers chooses a depth of a run folder, and {source} is a recipe.", "Leave --layers out.")
-    return schema.load(source)
+    return schema.load(carried if carried.is_file() else source)
 
 
 def build_recipe(

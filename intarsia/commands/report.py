@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from intarsia.errors import UserError, check
+from intarsia.errors import UserError, at_least, check
 from intarsia.flags import Flag, Result
 from intarsia.options import Runtime
 from intarsia.recipe import schema
@@ -85,13 +85,10 @@ def report(
     if generate:
         place = Placement.of(Runtime(device=device, dtype=dtype))
         folders = [path for path in paths if is_model_folder(path)]
+        none = "--generate is given, and none of the runs is a model folder that intarsia has built."
         check(
-            (
-                bool(folders),
-                "--generate is given, and none of the runs is a model folder that intarsia has built.",
-                "Name the output folder of `compress`, `build` or `heal` too.",
-            ),
-            (new_tokens >= 1, f"--new-tokens is {new_tokens}; it is at least 1.", "Give another."),
+            (bool(folders), none, "Name the output folder of `compress`, `build` or `heal` too."),
+            *at_least(1, new_tokens=new_tokens),
             (all(text.strip() for text in prompt), "A prompt is empty.", "Give it a text."),
         )
         recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}

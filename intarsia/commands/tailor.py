@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia.disk import write_whole
-from intarsia.errors import Problems, UserError, check
-from intarsia.flags import Flag, flag, token_count
+from intarsia.errors import Problems, UserError, at_least, check
+from intarsia.flags import Flag, flag, plain, token_count
 from intarsia.inspection.own_code import trusts
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.progress import current
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from intarsia.tailoring.family import Family
     from intarsia.tailoring.recipes import Translator
     from intarsia.tailoring.run import Front
-    from intarsia.tailoring.space import Space
     from intarsia.tailoring.warm_start import WarmStart
 
 _LEAST_TOKENS, _SEQ_LEN = 128, 512
@@ -61,13 +61,11 @@ class SearchOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        numbers = {"--trials": self.trials, "--more-trials": self.more_trials, "--workers": self.workers}
-        small = "Give a larger number."
         both = self.trials is not None and self.more_trials is not None
         missing = self.configs is not None and not Path(self.configs).is_dir()
         check(
-            *((n is None or n >= 1, f"{name} is {n}; it is at least 1.", small) for name, n in numbers.items()),
-            (self.tokens >= 16, f"--tokens is {self.tokens}; it is at least 16.", small),
+            *at_least(1, trials=self.trials, more_trials=self.more_trials, workers=self.workers),
+            *at_least(16, tokens=self.tokens),
             (not both, "--trials and --more-trials are both given.", "Give one of them."),
             (self.configs is None or self.dry_run, "--configs is given without --dry-run.", "Add --dry-run."),
             (not missing, f"--configs {self.configs} is no folder.", "Check the path."),
@@ -86,8 +84,7 @@ class FinalOptions:
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
-        n = self.judge_examples
-        check((n >= 1, f"--judge-examples is {n}; it is at least 1.", "Give a larger number."))
+        check(*at_least(1, judge_examples=self.judge_examples))
 
 
 def tailor(
@@ -234,11 +231,8 @@ class _Plan:
 
 
 def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, runtime: Runtime) -> _Plan:
-    """Read and check the options and the family file; nothing is opened yet.
-
-    Raises:
-        UserError: with everything that is wrong with the options or the family file.
-    """
+    """Read and check the options and the family file; nothing is opened yet."""
+    from intarsia.checkpoint.resolve import inputs_of
     from intarsia.disk import check_no_input
 
     resumes, more = source.is_dir(), search.more_trials
@@ -257,7 +251,13 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     run = TailorRun.existing(source) if resumes else None if out is None else TailorRun(out)
     file = read_family_file(source / FAMILY if resumes else source)
     if run is not None:
-        check_no_input(run.path, _inputs(file, search.calibration, () if resumes else (source,)))
+        starts = [name for name in file.search.warm_start if name not in (RANDOM_MIDDLE, *planners.names)]
+        inputs = inputs_of(
+            models=[member.model for member in file.members.values()],
+            texts=[*search.calibration, *(objective.source for objective in file.objectives)],
+            files=[*([] if resumes else [source]), *starts],
+        )
+        check_no_input(run.path, inputs)
     known = run.wanted if run is not None and is_tailor_run(run.path) else 0
     if resumes:
         assert run is not None
@@ -275,17 +275,6 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     return _Plan(file=file, engine=chosen, out=None if run is None else run.path, trials=trials, runtime=runtime)
 
 
-def _inputs(file: FamilyFile, texts: Iterable[str], files: Iterable[Path]) -> list[Path]:
-    """All files and folders that a search reads: members, objectives' sources, earlier runs, texts."""
-    from intarsia.checkpoint.resolve import inputs_of
-
-    return inputs_of(
-        models=[member.model for member in file.members.values()],
-        texts=[*texts, *(objective.source for objective in file.objectives)],
-        files=[*files, *(name for name in file.search.warm_start if name not in (RANDOM_MIDDLE, *planners.names))],
-    )
-
-
 class SearchStart:
     """What a search starts with: sensitivities of pieces, and sensible candidates. Each is made once and kept.
 
@@ -294,14 +283,9 @@ class SearchStart:
 
     def __init__(self, file: FamilyFile, search: SearchOptions, runtime: Runtime, run: TailorRun) -> None:
         self.file, self.search, self.runtime, self.run = file, search, runtime, run
-        self._job: Job | None = None
 
     def sensitivities(self, family: Family) -> dict[Any, Any]:
-        """The sensitivities of all members' pieces.
-
-        Raises:
-            UserError: something measured is not finite, or the disk is full.
-        """
+        """The sensitivities of all members' pieces."""
         from intarsia.tailoring.recipes import SENSITIVITIES, load_scores, measure_scores, save_scores
 
         path = self.run.path / SENSITIVITIES
@@ -313,11 +297,7 @@ class SearchStart:
         return load_scores(path)
 
     def start(self, translator: Translator) -> WarmStart:
-        """The candidates to start with, and trials of earlier searches.
-
-        Raises:
-            UserError: an earlier run cannot be read.
-        """
+        """The candidates to start with, and trials of earlier searches."""
         from intarsia.tailoring.warm_start import WarmStart
 
         path = self.run.path / "warm_start.json"
@@ -328,65 +308,58 @@ class SearchStart:
                 if not found.starts and not found.earlier:
                     current().say(f"warm start {name}: nothing in it fits this space")
                 parts.append(found)
-            if self._job is not None:
-                self._job.release()
+            if "job" in self.__dict__:
+                self.job.release()
             WarmStart.joined(parts).save(path)
         return WarmStart.load(path)
 
     def _one(self, name: str, translator: Translator) -> WarmStart:
-        from intarsia.tailoring.warm_start import WarmStart, from_search, random_middles
+        from intarsia.commands.planning import Planning
+        from intarsia.pruning.ladder import Ladder
+        from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
-        space = translator.space
+        space, path = translator.space, Path(name)
         if name == RANDOM_MIDDLE:
             return WarmStart(starts=tuple(random_middles(space, self.file.search.seed)))
+        if name not in planners and is_tailor_run(path):
+            earlier = TailorRun(name)
+            same = _measured(earlier) == _measured(self.run)
+            return from_search(earlier.trials, earlier.front, translator, name, same=same)
         if name in planners:
             if space.kind != "cut":
                 return WarmStart()
-            return _of_ladder(self._planned(name, space.target), space, name)
-        if not is_tailor_run(Path(name)):
-            return _of_ladder(Path(name), space, name)
-        earlier = TailorRun(name)
-        return from_search(
-            earlier.trials, earlier.front, translator, name, same=_measured(earlier) == _measured(self.run)
-        )
+            path = self.run.path / "plans" / name
+            planning = Planning(self.job, Target(layers=space.target), planners.choose(name))
+            with planning.opened(RunDir(path)) as ladder:
+                planning.work(ladder)
+        ladder = Ladder.existing(path)
+        if space.target not in ladder.depths():
+            return WarmStart()
+        return WarmStart(starts=tuple(from_recipe(ladder.recipe(space.target), space, name)))
 
-    def _planned(self, method: str, layers: int) -> Path:
-        """The run folder of a planner, down to that depth."""
-        from intarsia.commands.planning import Planning
-
-        run = self.run.path / "plans" / method
-        planning = Planning(self.job, Target(layers=layers), planners.choose(method))
-        with planning.opened(RunDir(run)) as ladder:
-            planning.work(ladder)
-        return run
-
-    @property
+    @cached_property
     def job(self) -> Job:
         """The base with its calibration text: as many tokens as there are; shorter sequences where they are few."""
-        if self._job is None:
-            sources = self.search.calibration or tuple(self._shown()) or ("self",)
-            self._job = self._with_text(sources)
-        return self._job
-
-    def _with_text(self, sources: tuple[str, ...]) -> Job:
+        from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Job
 
+        sources = self.search.calibration or tuple(self._shown()) or ("self",)
         base, tokens = self.file.base, self.search.tokens
+        checkpoint = open_checkpoint(ModelRef(model=base.model, revision=base.revision, dequantize=True))
+        positions = checkpoint.architecture.config.get("max_position_embeddings")
+        most = min(_SEQ_LEN, positions) if isinstance(positions, int) else _SEQ_LEN
         while True:
-            seq_len = min(_SEQ_LEN, max(tokens // (4 * len(sources)), 16))
-            job = Job(ModelRef(model=base.model, revision=base.revision, dequantize=True), runtime=self.runtime)
-            positions = job.checkpoint.architecture.config.get("max_position_embeddings")
-            seq_len = min(seq_len, positions) if isinstance(positions, int) else seq_len
+            seq_len = min(most, max(tokens // (4 * len(sources)), 16))
             text = TextSpec(sources=sources, tokens=tokens, seq_len=seq_len, seed=self.file.search.seed)
-            job = Job(job.checkpoint, text, self.runtime)
+            job = Job(checkpoint, text, self.runtime)
             try:
                 _ = job.text.calibration
             except UserError:
-                if tokens // 2 < _LEAST_TOKENS:
-                    raise
                 tokens //= 2
-                continue
-            return job
+                if tokens < _LEAST_TOKENS:
+                    raise
+            else:
+                return job
 
     def _shown(self) -> Iterator[str]:
         """What the objectives show of their sources, as specs; items of tasks in a file of the run folder."""
@@ -402,16 +375,6 @@ class SearchStart:
             path = self.run.artifact("calibration.jsonl")
             write_whole(path, "\n".join(lines) + "\n")
             yield str(path)
-
-
-def _of_ladder(path: Path, space: Space, name: str) -> WarmStart:
-    from intarsia.pruning.ladder import Ladder
-    from intarsia.tailoring.warm_start import WarmStart, from_recipe
-
-    ladder, target = Ladder.existing(path), space.target
-    if target not in ladder.depths():
-        return WarmStart()
-    return WarmStart(starts=tuple(from_recipe(ladder.recipe(target), space, name)))
 
 
 def _measured(run: TailorRun) -> list[object]:
@@ -442,9 +405,6 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     """Write the front with its recipes, build its knee into `best/`, score it on unseen examples.
 
     What was done for the same incumbent before is not done again.
-
-    Raises:
-        UserError: a folder `best` that is not of the search is in the way, or a disk is full.
     """
     from intarsia.commands.recipes import build_recipe
     from intarsia.recipe.schema import content_hash
@@ -506,13 +466,7 @@ class TailorResult:
         if self.run is None:
             return {**self.predicted.to_dict(), "seconds": self.seconds}
         front = self.front
-        return {
-            "run": str(self.run),
-            "front": [] if front is None else front.rows(),
-            "budget": None if front is None else front.budget,
-            "knee": None if front is None else front.knee.number,
-            **{name: getattr(self, name) for name in ("evaluated", "trials", "failed", "stopped")},
-            "best": None if self.best is None else str(self.best),
-            "report": None if self.report is None else str(self.report),
-            **{n: getattr(self, n) for n in ("layer_forwards", "trial_seconds", "seconds", "peak_memory_bytes")},
-        }
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "predicted"}
+        found["front"] = [] if front is None else front.rows()
+        found |= {"budget": front and front.budget, "knee": front and front.knee.number}
+        return dict(plain(found))

@@ -21,7 +21,7 @@ class VerifyResult(Result):
     """What came of every check."""
 
     folder: Path
-    # whether no check failed
+    # Whether no check failed.
     kept: bool
     checks: tuple[Check, ...]
     seconds: float

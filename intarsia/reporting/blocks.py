@@ -1,15 +1,14 @@
 """What a report page consists of, before it is HTML: plain data that the template lays out.
 
-Every kind of run has one function that reads it into a `Subject`; nothing in here knows what kinds there are. Texts
-are plain and are escaped by the template; only pictures are markup, made by this package.
+Every kind of run has one function that reads it into a `Subject`. Texts are plain, and the template escapes them; only
+pictures are markup, made by this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
@@ -20,45 +19,23 @@ class Figure:
 
     svg: Markup
     caption: str
-    kind: Literal["figure"] = "figure"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells as text."""
+    """Rows of cells as text, by column."""
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Mapping[str, str]]
+    # The columns that hold no numbers.
+    words: Sequence[str] = ()
     caption: str = ""
-    # The columns that line up at the right.
-    numbers: frozenset[int] = frozenset()
     # Shown on demand.
     folded: bool = False
-    kind: Literal["table"] = "table"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """Names and what belongs to them."""
-
-    pairs: Sequence[tuple[str, str]]
-    kind: Literal["facts"] = "facts"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Code:
-    """Something to copy."""
-
-    text: str
-    kind: Literal["code"] = "code"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """The puzzle picture at one depth."""
-
-    layers: int
-    svg: Markup
+    @property
+    def columns(self) -> list[str]:
+        """Every column of a row, in order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +44,14 @@ class Pictures:
 
     # Layers of the original.
     depth: int
-    # The depth that is shown first.
-    chosen: int
-    pictures: Sequence[Picture]
+    # By depth, the deepest first; the last one is shown first.
+    pictures: Mapping[int, Markup]
     # What the page's script shows of the layer that is pointed at.
     data: Mapping[str, Any]
     # What is shown while no layer is pointed at.
     summary: str
     # Names of the variants, in the order of their colours, where there are several.
     members: Sequence[str] = ()
-    kind: Literal["pictures"] = "pictures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +61,17 @@ class Written:
     prompt: str
     # By model: the text that both share, the token where they part, and the rest.
     answers: Sequence[tuple[str, Sequence[str]]]
-    kind: Literal["written"] = "written"
 
 
-Block: TypeAlias = Figure | Table | Facts | Code | Pictures | Written
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How to make the same again: commands to copy, and facts by name."""
+
+    commands: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+
+
+Block: TypeAlias = Figure | Table | Pictures | Written | Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +94,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class Measured:
     """A measure by depth, on one text. One chart shows those with the same measure and text."""
 
     name: str
@@ -127,7 +109,6 @@ class Ladder:
 class Subject:
     """One run of a report."""
 
-    path: Path
     title: str
     subtitle: str
     # The hash of the original's weights, empty where it is not known, and the original's name.
@@ -135,19 +116,9 @@ class Subject:
     tiles: Sequence[Tile] = ()
     # What a reader must know first.
     notes: Sequence[str] = ()
+    # Sections without blocks are left out.
     sections: Sequence[Section] = ()
     # What can be compared with other runs.
-    ladders: Sequence[Ladder] = ()
+    ladders: Sequence[Measured] = ()
     # The evaluation texts: a hash of the exact tokens, and the text in words.
     texts: Mapping[str, str] = field(default_factory=dict)
-
-
-def table(rows: Sequence[Mapping[str, str]], *, text_columns: Sequence[str] = (), **how: Any) -> Table:
-    """Return a table of rows; every column but `text_columns` holds numbers."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(
-        columns=columns,
-        rows=[[row.get(name, "") for name in columns] for row in rows],
-        numbers=frozenset(index for index, name in enumerate(columns) if name not in text_columns),
-        **how,
-    )

@@ -27,18 +27,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from intarsia.reporting.wording import MEASURES, text_of, title_of
-
-_INHERITED = ("license", "license_name", "license_link", "language")
-_MAX_FRONT_MATTER = 64 * 1024
+from intarsia.reporting.wording import rows_of, text_of, title_of
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 PAPER = "https://arxiv.org/abs/2510.15304"
 _JOINED = (
     "Layers were not only dropped: the most sensitive pieces of adjacent layers were joined into one layer of the "
@@ -86,11 +83,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         trained=any(stage != "closed-form" for stage in (heal or {}).get("stages", ())),
         family=results.get("family"),
         picture=results.get("picture"),
-        measures=[
-            (MEASURES.get(key) or title_of(key), text_of(key, before.get(key)), text_of(key, after.get(key)))
-            for key in {**before, **after}
-            if before.get(key) is not None or after.get(key) is not None
-        ],
+        measures=[(row[""], row["before"], row["after"]) for row in rows_of(before, after)],
         evaluation=_described(results.get("evaluation")),
         facts=[(name, text) for name, text in facts.items() if text],
         warning=results.get("warning"),
@@ -109,7 +102,7 @@ def _front_matter(results: Mapping[str, Any]) -> str:
 
 
 def _base_model(results: Mapping[str, Any]) -> str | None:
-    """The hub id of the original, where it has one: a folder's path means nothing to anybody else."""
+    """The hub id of the original, if any: a folder's path means nothing to anybody else."""
     return results.get("base_model") or (DEMO_MODEL if results.get("model") == "demo" else None)
 
 
@@ -150,18 +143,18 @@ def _code(text: Any) -> str:
 def inherited(card: str | None) -> dict[str, Any]:
     """Licence and languages from the front matter of another model's card; empty where there are none."""
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card or "", flags=re.DOTALL)
-    if found is None or len(found[1]) > _MAX_FRONT_MATTER:
-        return {}
-    try:
-        fields = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    if not isinstance(fields, dict):
-        return {}
-    return {key: fields[key] for key in _INHERITED if _is_plain(fields.get(key))}
+    fields: Any = None
+    if found is not None and len(found[1]) <= 64 * 1024:
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            fields = yaml.safe_load(found[1])
+    wanted = ("license", "license_name", "license_link", "language")
+    known = {key: fields.get(key) for key in wanted} if isinstance(fields, dict) else {}
 
+    def texts(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value]
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(part, str) for part in value)
-    return isinstance(value, str) and bool(value.strip())
+    return {
+        key: value
+        for key, value in known.items()
+        if texts(value) and all(isinstance(text, str) and text.strip() for text in texts(value))
+    }

@@ -10,16 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intarsia.disk import read_json
-from intarsia.errors import UserError
+from intarsia.disk import damage_named, read_json
+from intarsia.reporting.blocks import Table
 from intarsia.reporting.wording import short
+from intarsia.run_dir import Log
 
 SETTINGS = "compare.json"
 ROWS = "rows.jsonl"
@@ -95,16 +95,9 @@ class Row:
     @property
     def line(self) -> str:
         """All of it on one line, for a person."""
-        words = []
-        for text, found in self.perplexity.items():
-            digits = ".2f" if found["value"] < 1e5 else ".3g"
-            words.append(f"{text} {found['value']:{digits}}" + (f" ± {found['stderr']:.2g}" if found["stderr"] else ""))
-        if self.answers is not None:
-            words.append(f"agreement {self.answers['agreement']['value']:.3f}")
-        if self.tasks is not None:
-            words.append(f"mean accuracy {self.tasks['mean']:.4f}")
-        if self.speed is not None:
-            words.append(f"{self.speed['decode_tokens_per_s']:.1f} tokens/s")
+        shown = ((name, self.measure(name)) for name in (*self.perplexity, "agreement", MEAN))
+        words = [f"{name} {_written(name, measure)}" for name, measure in shown if measure is not None]
+        words += [] if self.speed is None else [f"{self.speed['decode_tokens_per_s']:.1f} tokens/s"]
         return f"{self.full_name}: " + ", ".join([*words, *([self.note] if self.note else [])])
 
     @property
@@ -112,15 +105,20 @@ class Row:
         """Tokens a second while decoding."""
         return None if self.speed is None else self.speed.get("decode_tokens_per_s")
 
-    def score(self, task: str) -> Measure | None:
-        """Return the result of a task in its primary metric; for `mean`, the mean over the tasks."""
+    def measure(self, name: str) -> Measure | None:
+        """A result: perplexity by its text, one of `ANSWERS`, a task in its primary metric, or `mean` of the tasks."""
+        if name in self.perplexity:
+            return self.perplexity[name]
+        if name in ANSWERS:
+            found: Measure | None = (self.answers or {}).get(ANSWERS[name])
+            return found
         if self.tasks is None:
             return None
-        found = {score["name"]: score["metrics"][score["primary"]] for score in self.tasks["scores"]}
-        if task != MEAN:
-            return found.get(task)
+        scores = {score["name"]: score["metrics"][score["primary"]] for score in self.tasks["scores"]}
+        if name != MEAN:
+            return scores.get(name)
         # Tasks are drawn independently; without an error of one of them there is none of the mean.
-        errors = [measure["stderr"] for measure in found.values()]
+        errors = [measure["stderr"] for measure in scores.values()]
         stderr = None if None in errors else math.hypot(*errors) / len(errors)
         return {"value": self.tasks["mean"], "stderr": stderr}
 
@@ -139,8 +137,8 @@ class Comparison:
     rows: tuple[Row, ...]
     # The models that the finished comparison has, where the folder records them.
     asked: tuple[Key, ...] = ()
-    # All of `compare.json`.
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    # The command that makes the same again.
+    command: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -156,6 +154,27 @@ class Comparison:
     def dense(self) -> Row | None:
         """The original model, where it has been measured."""
         return next((row for row in self.rows if row.method == DENSE), None)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order of their colours."""
+        return list(dict.fromkeys(row.method for row in self.pruned))
+
+    @property
+    def curves(self) -> dict[tuple[str, str], list[Row]]:
+        """The pruned models by method and heal."""
+        keys = dict.fromkeys((row.method, row.heal) for row in self.pruned)
+        return {key: [row for row in self.pruned if (row.method, row.heal) == key] for key in keys}
+
+    def of_dense(self, name: str) -> float | None:
+        """A result of the original; see `Row.measure`."""
+        measure = None if self.dense is None else self.dense.measure(name)
+        return None if measure is None else float(measure["value"])
+
+    @property
+    def depths(self) -> list[int]:
+        """The depths of the pruned models, the deepest first."""
+        return sorted({row.layers for row in self.pruned}, reverse=True)
 
 
 def load(path: Path) -> Comparison:
@@ -180,42 +199,67 @@ def load(path: Path) -> Comparison:
         settings=facts.get("settings") or {},
         eval_texts=facts.get("eval_texts") or (),
         # Results name the tasks as they were scored; before the first row there are only the names asked for.
-        tasks=tuple(dict.fromkeys(scored)) or tuple(dict.fromkeys(named)),
+        tasks=tuple(dict.fromkeys(scored or named)),
         rows=rows,
-        asked=tuple((method, layers, heal) for method, layers, heal in itertools.product(*asked)),
-        facts=facts,
+        asked=tuple(itertools.product(*asked)),
+        command=facts.get("command"),
     )
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
-    """Read the rows of a `rows.jsonl`, in order; none where there is no such file yet.
+    """The rows of a `rows.jsonl`, in order; none where there is no such file yet.
 
     Raises:
         UserError: a complete line is no row.
     """
-    if not path.exists():
-        return ()
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    found: dict[tuple[str, int, str], Row] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        if line.strip():
-            row = _row(line, f"{path}, line {number}")
-            found[row.key] = row
-    return tuple(found.values())
+    remedy = "Delete the damaged lines: the same command measures their models again."
+    with damage_named(path, expected="rows of a comparison with at least `method` and `layers`", remedy=remedy):
+        rows = [
+            Row(**{name: entry[name] for name in Row.__dataclass_fields__ if entry.get(name) is not None})
+            for entry in Log(path).entries()
+        ]
+    return tuple({row.key: row for row in rows}.values())
 
 
 def cells(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the table: a mapping for each row, without what is empty; a measure with its error is a mapping too."""
+    """The table: a mapping for each row, without what is empty; a measure with its error is a mapping too."""
     return [_cells(row, comparison) for row in comparison.rows]
 
 
-def written(comparison: Comparison) -> list[dict[str, str]]:
-    """Return the table as text."""
-    return [{name: _written(name, value) for name, value in row.items()} for row in cells(comparison)]
+def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
+    found: dict[str, Any] = {"method": row.method, "layers": row.layers, "heal": row.heal}
+    found |= {"parameters": row.parameters, "bytes": row.bytes}
+    for name in (*(comparison.texts or row.perplexity), *ANSWERS, *comparison.tasks, MEAN):
+        if (measure := row.measure(name)) is not None:
+            value, stderr = measure["value"], measure.get("stderr")
+            found[name] = value if stderr is None else {"value": value, "stderr": stderr}
+    if row.speed is not None:
+        found["decode tokens/s"] = row.decode_tokens_per_s
+        found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")
+    for name in ("layer_forwards", "plan_seconds", "heal_forwards", "heal_seconds", "note"):
+        found[name.replace("_", " ")] = getattr(row, name)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def written(comparison: Comparison) -> Table:
+    """The table as text."""
+    rows = [{name: _written(name, value) for name, value in row.items()} for row in cells(comparison)]
+    return Table(rows=rows, words=WORDS)
+
+
+def _written(name: str, value: Any) -> str:
+    """A cell as text, with its standard error."""
+    number, error = (value["value"], value.get("stderr")) if isinstance(value, Mapping) else (value, None)
+    if isinstance(number, str) or name == "layers":
+        return str(number)
+    if name in ("parameters", "bytes"):
+        return short(number)
+    digits = ".2g" if abs(number) >= 1e5 and error else ".1f" if abs(number) >= 10 else ".3f"
+    return f"{number:{digits}}" + (f" ± {error:.2g}" if error else "")
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the table as CSV. A standard error has a column of its own after its measure."""
+    """The table as CSV. A standard error has a column of its own after its measure."""
     rows = []
     for row in cells(comparison):
         flat: dict[str, Any] = {}
@@ -231,57 +275,9 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """Return the table as Markdown, each measure with its standard error."""
-    rows = written(comparison)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [
-        "| " + " | ".join(name.replace("|", "\\|") for name in names) + " |",
-        "|" + "|".join("---" if name in WORDS else "---:" for name in names) + "|",
-    ]
-    for row in rows:
-        lines.append("| " + " | ".join(row.get(name, "").replace("|", "\\|") for name in names) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _written(name: str, value: Any) -> str:
-    """A cell as text, with its standard error."""
-    number, error = (value["value"], value["stderr"]) if isinstance(value, Mapping) else (value, None)
-    if isinstance(number, str) or name == "layers":
-        return str(number)
-    if name in ("parameters", "bytes"):
-        return short(number)
-    digits = ".2g" if abs(number) >= 1e5 and error else ".1f" if abs(number) >= 10 else ".3f"
-    return f"{number:{digits}}" + (f" ± {error:.2g}" if error else "")
-
-
-def _row(line: str, where: str) -> Row:
-    try:
-        data = json.loads(line)
-        known = {name: data[name] for name in Row.__dataclass_fields__ if data.get(name) is not None}
-        row = Row(**{**known, "layers": int(data["layers"]), "method": str(data["method"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where} is no row of a comparison with at least `method` and `layers` ({type(error).__name__}: {error}).",
-            "The file is damaged: delete this line, and the same command measures the model again.",
-        ) from error
-    return row
-
-
-def _cells(row: Row, comparison: Comparison) -> dict[str, Any]:
-    found: dict[str, Any] = {"method": row.method, "layers": row.layers, "heal": row.heal}
-    found |= {"parameters": row.parameters, "bytes": row.bytes}
-    measures = {text: row.perplexity.get(text) for text in comparison.texts or tuple(row.perplexity)}
-    if row.answers is not None:
-        measures |= {name: row.answers.get(key) for name, key in ANSWERS.items()}
-    if row.tasks is not None:
-        measures |= {task: row.score(task) for task in (*comparison.tasks, MEAN)}
-    for name, measure in measures.items():
-        if measure is not None:
-            value, stderr = measure["value"], measure.get("stderr")
-            found[name] = value if stderr is None else {"value": value, "stderr": stderr}
-    if row.speed is not None:
-        found["decode tokens/s"] = row.decode_tokens_per_s
-        found["prefill tokens/s"] = row.speed.get("prefill_tokens_per_s")
-    for name in ("layer_forwards", "plan_seconds", "heal_forwards", "heal_seconds", "note"):
-        found[name.replace("_", " ")] = getattr(row, name)
-    return {name: value for name, value in found.items() if value is not None}
+    """The table as Markdown, each measure with its standard error."""
+    table = written(comparison)
+    rules = {name: "---" if name in WORDS else "---:" for name in table.columns}
+    lines = [[row.get(name, "").replace("|", "\\|") for name in rules] for row in table.rows]
+    heads = [name.replace("|", "\\|") for name in rules]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rules.values(), *lines))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
-from intarsia.errors import UserError
+from intarsia.errors import UserError, few
 from intarsia.recipe import schema
-from intarsia.reporting import comparison
-from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Table, Tile, Written, table
-from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, Comparison, Measure, Row
-from intarsia.reporting.figures import Axis, Interval, Point, Series, chart, intervals, layers_axis, standalone
+from intarsia.reporting.blocks import Block, Figure, Measured, Origin, Section, Subject, Table, Tile, Written
+from intarsia.reporting.comparison import ANSWERS, DENSE, MEAN, SETTINGS, Comparison, Row, load, written
+from intarsia.reporting.figures import Axis, Point, Series, chart, layers_axis
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
-from intarsia.reporting.wording import PARTING, model_name, short, written
+from intarsia.reporting.wording import PARTING, model_name, pairs_of, short
 
-_ERRORS = 1.96  # standard errors to either side are a 95 % interval
 _BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
 _LONG_TABLE = 12
 _ACROSS = {"parameters": "parameters", "layers": "layers", "decode_tokens_per_s": "tokens/s, decode"}
@@ -25,7 +23,7 @@ _ACROSS = {"parameters": "parameters", "layers": "layers", "decode_tokens_per_s"
 
 def is_comparison(path: Path) -> bool:
     """Whether a folder holds a comparison."""
-    return (path / comparison.SETTINGS).is_file()
+    return (path / SETTINGS).is_file()
 
 
 def read(path: Path) -> Subject:
@@ -34,37 +32,27 @@ def read(path: Path) -> Subject:
     Raises:
         UserError: it is damaged.
     """
-    found = comparison.load(path)
-    methods = {row.method for row in found.pruned}
+    found = load(path)
     return Subject(
-        path=path,
         title=f"{model_name(found.model)}: methods compared",
-        subtitle=f"{len(methods)} methods, {len(found.rows)} models"
+        subtitle=f"{len(found.methods)} methods, {len(found.rows)} models"
         + (f", evaluated on {', '.join(found.texts)}" if found.texts else ""),
         base=(found.base_sha256 or "", model_name(found.model)),
         tiles=_tiles(found),
         notes=_notes(found),
         sections=[
-            *_quality(found),
-            *_agreement(found),
-            *_tasks(found),
-            *_speed(found),
-            *_table(found),
-            *_puzzles(found),
+            _quality(found),
+            _agreement(found),
+            Section(title="Answers side by side", blocks=_answers(found), intro=PARTING),
+            _tasks(found),
+            _speed(found),
+            Section(title="All numbers", blocks=[written(found)] if found.rows else []),
+            _puzzles(found),
             _origin(found),
         ],
         ladders=_ladders(found),
         texts={str(text.get("sha256") or text["name"]): str(text["name"]) for text in found.eval_texts},
     )
-
-
-def curves(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Group the rows by method and heal, in the order in which they first appear, without the original."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.method != DENSE:
-            found.setdefault((row.method, row.heal), []).append(row)
-    return found
 
 
 def figure(found: Comparison, *, against: str = "parameters", quality: str) -> Markup:
@@ -76,26 +64,20 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
     """
     is_text = any(quality in row.perplexity for row in found.rows)
 
-    def measure(row: Row) -> Measure:
-        if quality in ANSWERS:
-            return (row.answers or {}).get(ANSWERS[quality]) or {}
-        measured = row.perplexity.get(quality) if is_text else row.score(quality)
-        return measured or {}
-
     def points(rows: Sequence[Row]) -> list[Point]:
+        measured = [(row, getattr(row, against), row.measure(quality)) for row in rows]
         return [
             Point(
                 x=float(x),
-                y=value,
-                error=measure(row).get("stderr"),
-                title=f"{row.name}, {row.layers} layers: {value:.4g}",
+                y=measure["value"],
+                error=measure.get("stderr"),
+                title=f"{row.name}, {row.layers} layers: {measure['value']:.4g}",
             )
-            for row in rows
-            if (value := measure(row).get("value")) is not None and (x := getattr(row, against)) is not None
+            for row, x, measure in measured
+            if measure is not None and x is not None
         ]
 
-    grouped = curves(found.rows)
-    methods = list(dict.fromkeys(method for method, _ in grouped))
+    grouped, methods = found.curves, found.methods
     series = [
         Series(
             name=method if (method, "none") in grouped else rows[0].name,
@@ -106,7 +88,7 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
         )
         for (method, heal), rows in grouped.items()
     ]
-    dense = None if found.dense is None else measure(found.dense).get("value")
+    dense = found.of_dense(quality)
     label = f"perplexity, {quality}" if is_text else quality if quality in ANSWERS else f"accuracy, {quality}"
     most = _BROKEN * dense if is_text and dense is not None else None
     notes = ["dashed, hollow: healed"] if any(each.dashed for each in series) else []
@@ -123,34 +105,23 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
     )
 
 
-def figure_file(found: Comparison, *, against: str = "parameters", quality: str) -> str:
-    """Draw `figure` as the text of an SVG file."""
-    return standalone(figure(found, against=against, quality=quality))
-
-
 def _notes(found: Comparison) -> list[str]:
     if not found.rows:
         return ["This comparison is not finished: no model has been measured yet."]
     done = {row.key for row in found.rows}
-    missing = [key for key in found.asked if key not in done]
-    if missing:
-        names = ", ".join(f"{method} at {layers}" for method, layers, _ in missing[:4])
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        return [f"This comparison is not finished: models still to be measured: {len(missing)} ({names}{more})."]
+    if missing := [f"{key[0]} at {key[1]}" for key in found.asked if key not in done]:
+        names = few(missing, 4)
+        return [f"This comparison is not finished: models still to be measured: {len(missing)} ({names})."]
     return [] if found.dense else ["The original model has not been measured."]
 
 
 def _tiles(found: Comparison) -> list[Tile]:
     """The best model of every depth."""
-    if not found.texts or not found.rows:
-        return []
-    text = found.texts[0]
-    tiles = []
+    text, tiles = next(iter(found.texts), ""), []
     if found.dense is not None and text in found.dense.perplexity:
         tiles.append(Tile(name=f"dense, {text}", now=short(found.dense.perplexity[text]["value"])))
-    for layers in sorted({row.layers for row in found.pruned}, reverse=True):
-        rows = [row for row in found.pruned if row.layers == layers and text in row.perplexity]
-        if rows:
+    for layers in found.depths:
+        if rows := [row for row in found.pruned if row.layers == layers and text in row.perplexity]:
             best = min(rows, key=lambda row: float(row.perplexity[text]["value"]))
             value = short(best.perplexity[text]["value"])
             agree = "" if best.answers is None else f", agreement {best.answers['agreement']['value']:.3f}"
@@ -158,45 +129,40 @@ def _tiles(found: Comparison) -> list[Tile]:
     return tiles
 
 
-def _quality(found: Comparison) -> list[Section]:
+def _by_depth(found: Comparison, quality: str, caption: str) -> Figure:
+    return Figure(
+        svg=figure(found, against="layers", quality=quality), caption=f"{caption}; bars are one standard error."
+    )
+
+
+def _quality(found: Comparison) -> Section:
     figures = [
-        Figure(svg=figure(found, against="layers", quality=text), caption=f"{text}; bars are one standard error.")
-        for text in found.texts
-        if any(text in row.perplexity for row in found.rows)
+        _by_depth(found, text, text) for text in found.texts if any(text in row.perplexity for row in found.rows)
     ]
-    if any(row.parameters for row in found.rows) and found.texts and figures:
+    if figures and any(row.parameters for row in found.rows):
         text = found.texts[0]
         svg = figure(found, against="parameters", quality=text)
         figures.append(Figure(svg=svg, caption=f"{text}, against the size of the model."))
-    return [Section(title="Perplexity", blocks=figures, intro="Lower is better.")] if figures else []
+    return Section(title="Perplexity", blocks=figures, intro="Lower is better.")
 
 
-def _agreement(found: Comparison) -> list[Section]:
+def _agreement(found: Comparison) -> Section:
     """Agreement with the original's answers, and the share of the models' own that loop."""
-    if not any(row.answers for row in found.rows):
-        return []
     shown = [
         name
         for name in ("agreement", "answers that loop")
         if any((row.answers or {}).get(ANSWERS[name]) for row in found.rows)
     ]
-    blocks = [
-        Figure(svg=figure(found, against="layers", quality=name), caption=f"{name}; bars are one standard error.")
-        for name in shown
-    ]
     intro = "How often the next token is the original's along its own answers"
     if len(shown) > 1:
         intro += ", and how many of a model's own answers end in repeating themselves"
-    sections = [Section(title="Answers", blocks=blocks, intro=f"{intro}.")]
-    if written := _written(found):
-        sections.append(Section(title="Answers side by side", blocks=written, intro=PARTING))
-    return sections
+    return Section(title="Answers", blocks=[_by_depth(found, name, name) for name in shown], intro=f"{intro}.")
 
 
-def _written(found: Comparison) -> list[Written]:
+def _answers(found: Comparison) -> list[Written]:
     """What the models of every depth answer to the first prompt."""
     blocks = []
-    for layers in sorted({row.layers for row in found.pruned}, reverse=True):
+    for layers in found.depths:
         shown = {
             row.name: row.answers["examples"][0]
             for row in found.pruned
@@ -209,42 +175,11 @@ def _written(found: Comparison) -> list[Written]:
     return blocks
 
 
-def _tasks(found: Comparison) -> list[Section]:
-    if not any(row.tasks for row in found.rows):
-        return []
-    pruned = [row for row in found.pruned if row.tasks]
-    depths = sorted({row.layers for row in pruned}, reverse=True)
-    wanted = [(MEAN, layers) for layers in depths] + [(task, depths[-1]) for task in found.tasks if depths]
-    figures = [_task_figure(found, [row for row in pruned if row.layers == at], task) for task, at in wanted]
-    blocks: list[Block] = [*(each for each in figures if each is not None), *_retention(pruned)]
-    return [Section(title="Tasks", blocks=blocks, intro="Points with 95 % intervals; higher is better.")]
-
-
-def _task_figure(found: Comparison, rows: Sequence[Row], task: str) -> Figure | None:
-    methods = list(dict.fromkeys(row.method for row in found.pruned))
-    scored = []
-    for row in rows:
-        if measured := row.score(task):
-            value, error = float(measured["value"]), _ERRORS * float(measured.get("stderr") or 0.0)
-            looks: dict[str, Any] = {"hue": methods.index(row.method), "hollow": row.heal != "none"}
-            scored.append(Interval(name=row.name, value=value, low=value - error, high=value + error, **looks))
-    if not scored:
-        return None
-    dense = {} if found.dense is None else found.dense.score(task) or {}
-    named = [(dense.get("value"), DENSE), (_chance(rows, task), "chance")]
-    rules = [(float(value), name) for value, name in named if value is not None]
-    title = f"{'Mean accuracy' if task == MEAN else task} at {rows[0].layers} layers"
-    return Figure(svg=intervals(scored, label="accuracy", title=title, rules=rules), caption=f"{title}.")
-
-
-def _chance(rows: Sequence[Row], task: str) -> float | None:
-    """The accuracy of guessing, on a task or as the mean over all of them."""
-    for row in rows:
-        scores = (row.tasks or {}).get("scores") or []
-        chances = [score.get("chance") for score in scores if task in (MEAN, score.get("name"))]
-        if chances and None not in chances:
-            return float(sum(chances) / len(chances))
-    return None
+def _tasks(found: Comparison) -> Section:
+    scored = [row for row in found.pruned if row.tasks]
+    names = [*([MEAN] if len(found.tasks) > 1 else []), *found.tasks] if scored else []
+    blocks: list[Block] = [_by_depth(found, name, "accuracy" if name == MEAN else name) for name in names]
+    return Section(title="Tasks", blocks=[*blocks, *_retention(scored)], intro="Higher is better.")
 
 
 def _retention(rows: Sequence[Row]) -> list[Table]:
@@ -262,8 +197,7 @@ def _retention(rows: Sequence[Row]) -> list[Table]:
         if kept
     ]
     caption = "Accuracy kept on the same items, with paired bootstrap intervals (95 %)"
-    how = {"caption": caption, "folded": len(cells) > _LONG_TABLE}
-    return [table(cells, text_columns=("method",), **how)] if cells else []
+    return [Table(rows=cells, words=("method",), caption=caption, folded=len(cells) > _LONG_TABLE)] if cells else []
 
 
 def _share(ratio: Mapping[str, float] | None) -> str:
@@ -273,20 +207,16 @@ def _share(ratio: Mapping[str, float] | None) -> str:
     return f"{ratio['value']:.1%}" + ("" if low is None or high is None else f" ({low:.1%} to {high:.1%})")
 
 
-def _speed(found: Comparison) -> list[Section]:
-    if not any(row.decode_tokens_per_s for row in found.rows) or not found.texts:
-        return []
-    quality = MEAN if any(row.score(MEAN) for row in found.rows) else found.texts[0]
-    svg = figure(found, against="decode_tokens_per_s", quality=quality)
-    return [Section(title="Speed", blocks=[Figure(svg=svg, caption="Quality against decoding speed.")])]
+def _speed(found: Comparison) -> Section:
+    blocks = []
+    if any(row.decode_tokens_per_s for row in found.rows) and found.texts:
+        quality = MEAN if any(row.measure(MEAN) for row in found.rows) else found.texts[0]
+        svg = figure(found, against="decode_tokens_per_s", quality=quality)
+        blocks.append(Figure(svg=svg, caption="Quality against decoding speed."))
+    return Section(title="Speed", blocks=blocks)
 
 
-def _table(found: Comparison) -> list[Section]:
-    whole = table(comparison.written(found), text_columns=comparison.WORDS)
-    return [Section(title="All numbers", blocks=[whole])] if found.rows else []
-
-
-def _puzzles(found: Comparison) -> list[Section]:
+def _puzzles(found: Comparison) -> Section:
     """The puzzle of each method at the least depth, where its recipe is in the folder."""
     rows = [row for row in found.pruned if row.recipe]
     least = min((row.layers for row in rows), default=0)
@@ -295,17 +225,15 @@ def _puzzles(found: Comparison) -> list[Section]:
         place = (found.path / str(row.recipe)).resolve()
         if found.path.resolve() not in place.parents or not place.is_file():
             continue
-        try:
+        with suppress(UserError):
             recipe = schema.load(place)
-        except UserError:
-            continue
-        figures.append(Figure(svg=puzzle_svg(recipe, pieces_of(recipe)), caption=row.method))
-    return [Section(title=f"The puzzle of each method at {least} layers", blocks=figures)] if figures else []
+            figures.append(Figure(svg=puzzle_svg(recipe, pieces_of(recipe)), caption=row.method))
+    return Section(title=f"The puzzle of each method at {least} layers", blocks=figures)
 
 
-def _ladders(found: Comparison) -> list[Ladder]:
+def _ladders(found: Comparison) -> list[Measured]:
     return [
-        Ladder(
+        Measured(
             name=rows[0].name,
             measure=f"perplexity, {text['name']}",
             text=str(text.get("spec") or text["name"]),
@@ -315,14 +243,14 @@ def _ladders(found: Comparison) -> list[Ladder]:
             ],
         )
         for text in found.eval_texts
-        for rows in curves(found.rows).values()
+        for rows in found.curves.values()
     ]
 
 
 def _origin(found: Comparison) -> Section:
-    pairs = [("model", found.model), ("weights, sha256", found.base_sha256 or "not recorded")]
-    pairs += [(name.replace("_", " "), written(value)) for name, value in found.settings.items() if value is not None]
+    facts = [("model", found.model), ("weights, sha256", found.base_sha256 or "not recorded")]
+    facts += pairs_of(found.settings)
     for text in found.eval_texts:
-        pairs.append((f"text {text['name']}", written({k: v for k, v in text.items() if k != "name"})))
-    code = [Code(text=str(found.facts["command"]))] if found.facts.get("command") else []
-    return Section(title="How to reproduce it", blocks=[*code, Facts(pairs=pairs)])
+        facts += pairs_of({f"text {text['name']}": {name: value for name, value in text.items() if name != "name"}})
+    origin = Origin(commands=[found.command] if found.command else [], facts=facts)
+    return Section(title="How to reproduce it", blocks=[origin])

@@ -149,18 +149,6 @@ class Series:
     marker: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A value with its confidence interval, on a row of its own."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    hue: int
-    hollow: bool = False
-
-
 def layers_axis(depths: Iterable[float]) -> Axis:
     """Return an axis from the deepest model to the shallowest, with a tick for each depth where they are few."""
     found = tuple(sorted(set(depths)))
@@ -177,10 +165,14 @@ def chart(
     note: str = "",
 ) -> Markup:
     """Draw lines and points. `rules` are named horizontal lines to compare with; `note` is a line above the legend."""
-    shown = [replace(each, points=finite) for each in series if (finite := _finite(each))]
+    shown = []
+    for each in series:
+        if finite := [point for point in each.points if math.isfinite(point.x) and math.isfinite(point.y)]:
+            shown.append(replace(each, points=sorted(finite, key=lambda point: (point.x, point.y))))
     listed = [each for each in shown if each.listed]
-    labels = [_clipped(name, 54) for name in (*(each.name for each in listed), *(name for _, name in rules))]
-    labels = labels if len(labels) > 1 else []
+    labels = [*(each.name for each in listed), *(name for _, name in rules)]
+    # A long name leaves room for the chart.
+    labels = [name if len(name) <= 54 else f"{name[:53]}…" for name in labels] if len(labels) > 1 else []
     columns = max(1, int((_WIDTH - 10) // (44 + _LETTER * max(map(len, labels), default=1))))
     rows = math.ceil(len(labels) / columns) + bool(note)
     with _figure(_HEIGHT + _ROW * rows) as (figure, axes):
@@ -204,28 +196,6 @@ def chart(
             )
         titles = {f"series-{n}": [point.title for point in each.points] for n, each in enumerate(shown) if each.dots}
         return _finished(figure, title, titles)
-
-
-def intervals(rows: Sequence[Interval], *, label: str, title: str, rules: Sequence[tuple[float, str]] = ()) -> Markup:
-    """Draw a value and its interval on every row; `rules` are named values to compare with."""
-    with _figure(64 + 21 * len(rows) + 16 * bool(rules)) as (figure, axes):
-        axes.grid(axis="x")
-        axes.spines["bottom"].set_visible(False)
-        for place, row in enumerate(rows):
-            colour = _STAND_IN[f"s{row.hue % HUES}"]
-            axes.hlines(place, row.low, row.high, color=colour, linewidth=1.2, alpha=0.6)
-            looks = _marker(row.hue, hollow=row.hollow)
-            axes.plot([row.value], [place], linestyle="none", gid=f"row-{place}", **looks)
-        for value, name in rules:
-            axes.axvline(value, color=_STAND_IN["rule"], linestyle=(0, (2, 3)), lw=1.2)
-            axes.annotate(name, (value, 1), (0, 4), ("data", "axes fraction"), "offset points", ha="center")
-        axes.set_yticks(range(len(rows)), [_clipped(row.name, 36) for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        ends = [end for row in rows for end in (row.low, row.high)]
-        _lay_out(axes.xaxis, Axis(label=label), [*ends, *(value for value, _ in rules)])
-        axes.tick_params(axis="x", length=0)
-        said = [f"{row.name}: {row.value:.4g}, 95 % interval {row.low:.4g} to {row.high:.4g}" for row in rows]
-        return _finished(figure, title, {f"row-{place}": [text] for place, text in enumerate(said)})
 
 
 def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str = "layer") -> Markup:
@@ -254,6 +224,10 @@ def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str 
 def _series(axes: Any, series: Series, y: Axis, gid: str) -> Any:
     """Draw one series, with the arrows of what is beyond the axis."""
     colour, points = _STAND_IN[f"s{series.hue % HUES}"], series.points
+    looks: dict[str, Any] = {}
+    if series.dots:
+        marker = series.marker or _MARKERS[series.hue % len(_MARKERS)]
+        looks = {"marker": marker, "mec": colour, "mfc": "none" if series.dashed else colour, "mew": 1.3}
     for point in points:
         if point.error and not _beyond(point, y):
             axes.vlines(point.x, *_reach(point, y), color=colour, linewidth=1.2, alpha=0.6)
@@ -265,26 +239,9 @@ def _series(axes: Any, series: Series, y: Axis, gid: str) -> Any:
         linestyle=("none" if not series.line else (0, (3, 2)) if series.dashed else "solid"),
         color=colour,
         gid=gid,
-        **(_marker(series.hue, hollow=series.dashed, marker=series.marker) if series.dots else {}),
+        **looks,
     )
     return line
-
-
-def _marker(hue: int, *, hollow: bool, marker: str | None = None) -> dict[str, Any]:
-    colour = _STAND_IN[f"s{hue % HUES}"]
-    face = "none" if hollow else colour
-    return {"marker": marker or _MARKERS[hue % len(_MARKERS)], "mec": colour, "mfc": face, "mew": 1.3}
-
-
-def _clipped(name: str, most: int) -> str:
-    """A name that leaves room for the chart."""
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _finite(series: Series) -> list[Point]:
-    """The points in order, without those that are no numbers."""
-    found = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
-    return sorted(found, key=lambda point: (point.x, point.y))
 
 
 def _beyond(point: Point, axis: Axis) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,10 +23,10 @@ from intarsia import __version__
 from intarsia.disk import damage_named, read_json, write_whole
 from intarsia.errors import Problems, UserError
 from intarsia.reporting import comparison_report, model_report, plan_report, tailor_report
-from intarsia.reporting.blocks import Ladder, Section, Subject, Tile, Written, table
+from intarsia.reporting.blocks import Figure, Measured, Section, Subject, Table, Tile, Written
 from intarsia.reporting.figures import variables
 from intarsia.reporting.plan_report import ladder_figure
-from intarsia.reporting.wording import model_name, text_of, title_of
+from intarsia.reporting.wording import model_name, text_of, texts_of, title_of
 from intarsia.tailoring.run import is_tailor_run
 
 Generations = Mapping[Path, Sequence[Written]]
@@ -57,17 +56,26 @@ def write_report(paths: Sequence[Path], out: Path, *, generations: Generations |
 
 
 def report_html(paths: Sequence[Path], *, generations: Generations | None = None) -> str:
-    """Return the report as text.
+    """The report as text.
 
     Raises:
         UserError: as `write_report`.
     """
-    return render(_subjects(paths, generations or {}))
+    if not paths:
+        raise UserError("There is no run to report on.", "Name one.")
+    subjects, problems = list[Subject](), Problems()
+    for path in paths:
+        with problems:
+            subjects.append(_subject(path, generations or {}))
+    problems.raise_any()
+    return render(subjects)
 
 
 def render(subjects: Sequence[Subject]) -> str:
-    """Return the page about some subjects."""
-    style, script = variables() + _part("page.css"), _part("page.js")
+    """The page about some subjects."""
+    templates = files("intarsia.reporting") / "templates"
+    style, script = ((templates / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = variables() + style
     environment = Environment(
         loader=PackageLoader("intarsia.reporting"),
         autoescape=True,
@@ -75,13 +83,13 @@ def render(subjects: Sequence[Subject]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["anchor"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return environment.get_template("page.html.j2").render(
         title=subjects[0].title if len(subjects) == 1 else f"{len(subjects)} runs",
         subjects=subjects,
-        anchors=[
-            [_anchor(f"{number}-{section.title}") for section in each.sections] for number, each in enumerate(subjects)
-        ],
-        together=together(subjects),
+        notes=differences(subjects),
+        ladders=all_ladders(subjects) if len(subjects) > 1 else (),
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
@@ -90,59 +98,37 @@ def render(subjects: Sequence[Subject]) -> str:
     )
 
 
-def together(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Return notes on how several runs differ, and the ladders that can share a chart."""
-    if len(subjects) < 2:
-        return {"notes": [], "section": None}
+def differences(subjects: Sequence[Subject]) -> list[str]:
+    """What a reader of several runs must know before comparing them."""
     notes = []
     bases = {subject.base[0]: subject.base[1] for subject in subjects if subject.base[0]}
     if len(bases) > 1:
-        notes.append(
-            f"These runs started from different models: {', '.join(f'{n} ({k[:8]})' for k, n in bases.items())}."
-        )
+        notes.append(f"These runs started from different models: {_hashed(bases)}.")
     evaluated = [subject for subject in subjects if subject.texts]
     if len({frozenset(subject.texts) for subject in evaluated}) > 1:
-        each = "; ".join(f"{subject.title}: {_named(subject.texts)}" for subject in evaluated)
+        each = "; ".join(f"{subject.title}: {_hashed(subject.texts)}" for subject in evaluated)
         notes.append(
             "These runs were evaluated on different texts, so their perplexities cannot be compared and are shown "
             f"apart. {each}."
         )
-    groups: dict[tuple[str, str], list[Ladder]] = {}
-    for subject in subjects:
-        for ladder in subject.ladders:
-            groups.setdefault((ladder.measure, ladder.text_key), []).append(ladder)
-    measures = [measure for measure, _ in groups]
-    if len(measures) > len(set(measures)):
+    texts = {(ladder.measure, ladder.text_key) for subject in subjects for ladder in subject.ladders}
+    if len(texts) > len({measure for measure, _ in texts}):
         notes.append("Ladders that were measured on different texts are in different charts.")
-    figures = [ladder_figure(_distinct(ladders)) for ladders in groups.values() if ladders]
-    section = Section(title="All ladders", blocks=figures, intro="Lower is better.") if figures else None
-    return {"notes": notes, "section": section}
+    return notes
 
 
-def _distinct(ladders: Sequence[Ladder]) -> list[Ladder]:
-    """Ladders of one chart with different names."""
-    seen: Counter[str] = Counter()
-    found = []
-    for ladder in ladders:
-        seen[ladder.name] += 1
-        again = f" ({seen[ladder.name]})" if seen[ladder.name] > 1 else ""
-        found.append(replace(ladder, name=ladder.name + again))
-    return found
+def all_ladders(subjects: Sequence[Subject]) -> list[Figure]:
+    """The ladders of all runs; those with one measure, on one text, share a chart."""
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for ladder in (ladder for subject in subjects for ladder in subject.ladders):
+        group = groups.setdefault((ladder.measure, ladder.text_key), [])
+        again = sum(other.name.partition(" (")[0] == ladder.name for other in group)
+        group.append(replace(ladder, name=f"{ladder.name} ({again + 1})") if again else ladder)
+    return [ladder_figure(group) for group in groups.values()]
 
 
-def _named(texts: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} ({key[:8]})" for key, name in texts.items())
-
-
-def _subjects(paths: Sequence[Path], generations: Generations) -> list[Subject]:
-    if not paths:
-        raise UserError("There is no run to report on.", "Name one.")
-    subjects, problems = list[Subject](), Problems()
-    for path in paths:
-        with problems:
-            subjects.append(_subject(path, generations))
-    problems.raise_any()
-    return subjects
+def _hashed(names: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({key[:8]})" for key, name in names.items())
 
 
 def _subject(path: Path, generations: Generations) -> Subject:
@@ -158,14 +144,6 @@ def _subject(path: Path, generations: Generations) -> Subject:
         else f"There is no folder {path}.",
         "Give the folder of a run; for a healing, the model that it wrote.",
     )
-
-
-def _anchor(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _part(name: str) -> str:
-    return (files("intarsia.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
@@ -187,27 +165,20 @@ def _bench_subject(path: Path) -> Subject:
     """Speed and memory of models, and of a model with a draft."""
     with damage_named(path, expected="what `bench --json` printed", remedy="Measure again."):
         found = _bench(path)
-        rows = [_written({**row, "model": model_name(row["model"])}) for row in found["rows"]]
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        sections = [Section(title="Speed and memory", blocks=[table(rows, text_columns=("model",))])]
-        draft = found.get("draft") or {}
-        if draft:
-            cells = {"draft": model_name(str(found.get("draft_model", ""))), **_written(draft)}
-            blocks = [table([cells], text_columns=("draft",))]
-            sections.append(Section(title="With a draft", blocks=blocks, intro=_DRAFTED))
+        measured = [{**row, "model": model_name(row["model"])} for row in found["rows"]]
+        models = list(dict.fromkeys(str(row["model"]) for row in measured))
+        sections = [Section(title="Speed and memory", blocks=[Table(rows=texts_of(measured), words=("model",))])]
+        if draft := found.get("draft") or {}:
+            rows = texts_of([{"draft": model_name(str(found.get("draft_model", ""))), **draft}])
+            sections.append(Section(title="With a draft", blocks=[Table(rows=rows, words=("draft",))], intro=_DRAFTED))
         rounds = f"{found['threads']} threads, medians of {found['repeats']} rounds"
         return Subject(
-            path=path,
             title=f"Speed: {', '.join(models)}",
             subtitle=f"On {found['device']} in {found['dtype']}, {rounds}",
             base=("", models[0]),
             tiles=[Tile(name=title_of(name), now=text_of(name, draft[name], brief=True)) for name in _TILES if draft],
             sections=sections,
         )
-
-
-def _written(row: Mapping[str, Any]) -> dict[str, str]:
-    return {title_of(name): text_of(name, value) for name, value in row.items()}
 
 
 _KINDS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], Subject]]] = (

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from intarsia.disk import read_json
-from intarsia.pruning import ladder
+from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.reporting.blocks import Block, Code, Facts, Figure, Ladder, Section, Subject, Tile, table
+from intarsia.reporting.blocks import Block, Figure, Measured, Origin, Section, Subject, Table, Tile
 from intarsia.reporting.figures import Axis, Point, Series, chart, heat, layers_axis
-from intarsia.reporting.puzzle import LayerFacts, pieces_of, puzzle_section
-from intarsia.reporting.wording import model_name, run_command, short, text_name, text_of, written
+from intarsia.reporting.puzzle import pieces_of, puzzle_section
+from intarsia.reporting.wording import model_name, pairs_of, run_command, short, text_name, text_of
 
 _SCORES = {
     "scores": "score of the method",
@@ -31,19 +30,14 @@ _BROKEN = 100.0  # times the least perplexity of a chart
 class PlanRun:
     """What the run folder of a plan holds."""
 
-    path: Path
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
+    # What was recorded of the calibration text.
     calibration: Mapping[str, Any]
     # By depth, the deepest first, without fitted tensors.
     recipes: Mapping[int, Recipe]
     # How far it is, where it is not finished.
     unfinished: str | None = None
-
-    @property
-    def steps(self) -> dict[int, Mapping[str, Any]]:
-        """The log by depth."""
-        return {int(step["layers"]): step for step in self.log}
 
     @property
     def evidence(self) -> Mapping[str, Any]:
@@ -64,7 +58,7 @@ class PlanRun:
 def is_plan_run(path: Path) -> bool:
     """Whether a folder is the run of a plan (that of healing has other settings)."""
     try:
-        settings = ladder.Ladder(path).settings()
+        settings = Ladder(path).settings()
     except (OSError, ValueError):
         return False
     return "method" in settings and "calibration" in settings
@@ -76,17 +70,13 @@ def load_run(path: Path) -> PlanRun:
     Raises:
         UserError: a file of it is damaged.
     """
-    run = ladder.Ladder.existing(path)
+    run = Ladder.existing(path)
     log = run.log()
-    pinned = path / "calibration.json"
-    remedy = "The run folder is damaged; delete it and plan again."
-    expected = "what was recorded of the calibration text"
     recipes = {int(step["layers"]): schema.load(run.recipe_path(int(step["layers"]))) for step in log}
     return PlanRun(
-        path=path,
         settings=run.settings(),
         log=log,
-        calibration=read_json(pinned, expected=expected, remedy=remedy) if pinned.is_file() else {},
+        calibration=run.run.pinned("calibration") if (path / "calibration.json").is_file() else {},
         recipes={layers: replace(recipe, fitted={}) for layers, recipe in recipes.items()},
         unfinished=run.unfinished(),
     )
@@ -99,39 +89,32 @@ def read(path: Path) -> Subject:
         UserError: it is damaged.
     """
     run = load_run(path)
-    model, method = model_name(str(run.settings["model"])), str(run.settings["method"])
+    model, method, tokens = model_name(str(run.settings["model"])), run.settings["method"], run.settings["tokens"]
     notes = []
     if not run.log:
         notes.append("This run is not finished: no step is done yet, so there is nothing to draw.")
     elif run.unfinished is not None:
         notes.append(f"This run is not finished: {run.unfinished}. What there is so far is shown.")
     return Subject(
-        path=path,
         title=f"{model}, {method}",
-        subtitle=f"A plan, calibrated on {_with_tokens(run.text, run.settings['tokens'])}",
+        subtitle=f"A plan, calibrated on {run.text if 'tokens' in run.text else f'{tokens:,} tokens of {run.text}'}",
         base=(str(run.settings.get("sha256", "")), model),
         tiles=_tiles(run),
         notes=notes,
-        sections=[*puzzle_sections(run), *score_sections(run), steps_section(run), _origin(run)],
+        sections=[*puzzle_sections(run), score_section(run), steps_section(run), _origin(run, path.name)],
         ladders=ladders(run),
     )
 
 
-def _with_tokens(text: str, tokens: int) -> str:
-    """A text with its number of tokens, unless it says that itself."""
-    return text if "tokens" in text else f"{tokens:,} tokens of {text}"
-
-
 def puzzle_sections(run: PlanRun) -> list[Section]:
-    """Return the puzzle picture of every depth."""
+    """The puzzle picture of every depth."""
     if not run.recipes:
         return []
-    facts = LayerFacts.of_plan(run.evidence, run.steps)
-    return [puzzle_section(run.recipes, pieces_of(*run.recipes.values()), facts)]
+    return [puzzle_section(run.recipes, pieces_of(*run.recipes.values()), run.evidence)]
 
 
-def score_sections(run: PlanRun) -> list[Section]:
-    """Return the scores of the original layers and of their pieces."""
+def score_section(run: PlanRun) -> Section:
+    """The scores of the original layers and of their pieces."""
     evidence, fate = run.evidence, _fate(run)
     figures: list[Block] = []
     if evidence.get("influence"):
@@ -151,14 +134,12 @@ def score_sections(run: PlanRun) -> list[Section]:
         figures.append(Figure(svg=svg, caption=caption))
     mlp = "experts" if of_experts(run.provenance) else "MLP channels"
     for key, name, order in (("kv_groups", "KV groups", "in order"), ("channels", mlp, "from least to most sensitive")):
-        rows = (evidence.get("sensitivity") or {}).get(key)
-        if rows:
+        if rows := (evidence.get("sensitivity") or {}).get(key):
             svg = heat(rows, title=f"sensitivity of {name}", across=f"{name}, {order}")
-            figures.append(
-                Figure(svg=svg, caption=f"Sensitivity of {name}; the stronger the colour, the more sensitive.")
-            )
+            caption = f"Sensitivity of {name}; the stronger the colour, the more sensitive."
+            figures.append(Figure(svg=svg, caption=caption))
     intro = "Of the whole model, before the first step."
-    return [Section(title="Scores of the original layers", blocks=figures, intro=intro)] if figures else []
+    return Section(title="Scores of the original layers", blocks=figures, intro=intro)
 
 
 def _by_layer(values: Sequence[float | None], label: str, caption: str, fate: Mapping[int, str]) -> Figure:
@@ -194,24 +175,16 @@ def _fate(run: PlanRun) -> dict[int, str]:
     return fate
 
 
-def ladders(run: PlanRun) -> list[Ladder]:
-    """Return the calibration perplexity by depth, where the method measures it."""
+def ladders(run: PlanRun) -> list[Measured]:
+    """The calibration perplexity by depth, where the method measures it."""
     points = [(int(step["layers"]), math.exp(step["loss"])) for step in run.log if step.get("loss") is not None]
-    if not points:
-        return []
-    return [
-        Ladder(
-            name=str(run.settings["method"]),
-            measure="calibration perplexity",
-            text=run.text,
-            text_key=str(run.calibration.get("sha256")),
-            points=points,
-        )
-    ]
+    key, method = str(run.calibration.get("sha256")), str(run.settings["method"])
+    found = Measured(name=method, measure="calibration perplexity", text=run.text, text_key=key, points=points)
+    return [found] if points else []
 
 
-def ladder_figure(found: Sequence[Ladder]) -> Figure:
-    """Draw ladders on one text in one chart."""
+def ladder_figure(found: Sequence[Measured]) -> Figure:
+    """Measures by depth on one text, in one chart."""
     series = [
         Series(
             name=ladder.name,
@@ -230,14 +203,14 @@ def ladder_figure(found: Sequence[Ladder]) -> Figure:
 
 
 def steps_section(run: PlanRun) -> Section:
-    """Return the ladder as a figure and a table."""
+    """The ladder as a figure and a table."""
     blocks: list[Block] = [ladder_figure([ladder]) for ladder in ladders(run)]
     mlp = mlp_pieces(of_experts(run.provenance))
     rows = [
         {
             "layers": str(step["layers"]),
             "at layer": str(step["merged"][0]),
-            "step": _step(step, mlp),
+            "step": step_words(step, mlp),
             "loss": "" if step.get("loss") is None else f"{step['loss']:.4f}",
             "layer-forwards": short(step["layer_forwards"]),
             "time": text_of("seconds", step["seconds"]),
@@ -246,13 +219,13 @@ def steps_section(run: PlanRun) -> Section:
         for step in run.log
     ]
     if rows:
-        how = {"caption": f"All {len(rows)} steps", "folded": len(rows) > _LONG_TABLE}
-        blocks.append(table(rows, text_columns=("step", "recipe"), **how))
-    intro = "Every depth can be built from this run at any later time."
-    return Section(title="The ladder", blocks=blocks, intro=intro)
+        folded = len(rows) > _LONG_TABLE
+        blocks.append(Table(rows=rows, words=("step", "recipe"), caption=f"All {len(rows)} steps", folded=folded))
+    return Section(title="The ladder", blocks=blocks, intro="Every depth can be built from this run at any later time.")
 
 
-def _step(step: Mapping[str, Any], mlp: str) -> str:
+def step_words(step: Mapping[str, Any], mlp: str) -> str:
+    """What a logged step made; `mlp` is what the pieces of an MLP are called."""
     op = step["op"]
     if op is None:
         return "dropped"
@@ -268,29 +241,28 @@ def _step(step: Mapping[str, Any], mlp: str) -> str:
 def _tiles(run: PlanRun) -> list[Tile]:
     if not run.log:
         return []
-    last = run.log[-1]
-    depth = next(iter(run.recipes.values())).depth
+    last, depth = run.log[-1], next(iter(run.recipes.values())).depth
+    forwards = sum(step["layer_forwards"] for step in run.log)
     tiles = [Tile(name="layers", before=str(depth), now=str(last["layers"]))]
     if last.get("loss") is not None:
         tiles.append(Tile(name="calibration perplexity", now=short(math.exp(last["loss"]))))
-    forwards = sum(step["layer_forwards"] for step in run.log)
-    tiles.append(Tile(name="layer-forwards", now=short(forwards), change=f"{forwards / depth:.1f} passes of the model"))
-    tiles.append(Tile(name="time", now=text_of("seconds", sum(step["seconds"] for step in run.log))))
-    return tiles
+    return [
+        *tiles,
+        Tile(name="layer-forwards", now=short(forwards), change=f"{forwards / depth:.1f} passes of the model"),
+        Tile(name="time", now=text_of("seconds", sum(step["seconds"] for step in run.log))),
+    ]
 
 
-def _origin(run: PlanRun) -> Section:
+def _origin(run: PlanRun, folder: str) -> Section:
     """Settings, hashes, and the command that makes the same again."""
     # The model's whole config is in the run folder.
-    settings = {name: value for name, value in run.settings.items() if name not in ("planner", "config")}
-    pairs = [(name.replace("_", " "), written(value)) for name, value in settings.items() if value is not None]
-    planner = run.settings.get("planner") or {}
-    pairs += [(f"planner: {name.replace('_', ' ')}", written(value)) for name, value in planner.items()]
-    if run.calibration.get("sha256"):
-        pairs.append(("calibration tokens, sha256", str(run.calibration["sha256"])))
-    if run.log:
-        pairs.append(("last recipe, sha256", str(run.log[-1]["hash"])))
-    pairs += [(name, str(value)) for name, value in run.provenance.get("versions", {}).items()]
-    target = ["--layers", str(run.log[-1]["layers"])] if run.log else []
-    command = Code(text=run_command("plan", run.settings, "--run", run.path.name, *target))
-    return Section(title="How to reproduce it", blocks=[command, Facts(pairs=pairs)])
+    facts = pairs_of({name: value for name, value in run.settings.items() if name not in ("planner", "config")})
+    facts += pairs_of(run.settings.get("planner") or {}, before="planner: ")
+    last = run.log[-1] if run.log else {}
+    facts += pairs_of(
+        {"calibration tokens, sha256": run.calibration.get("sha256"), "last recipe, sha256": last.get("hash")}
+    )
+    facts += pairs_of(run.provenance.get("versions", {}))
+    words = ["--run", folder, *(["--layers", str(last["layers"])] if last else [])]
+    origin = Origin(commands=[run_command("plan", run.settings, *words)], facts=facts)
+    return Section(title="How to reproduce it", blocks=[origin])

@@ -7,9 +7,10 @@ is made of and what a run has measured of it; in a file beside a model card they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup
@@ -17,11 +18,12 @@ from markupsafe import Markup
 from intarsia.architecture.spec import Architecture
 from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe, format_ranges
-from intarsia.reporting.blocks import Picture, Pictures, Section, table
+from intarsia.reporting.blocks import Pictures, Section, Table
 from intarsia.reporting.figures import WOODS, standalone
 
 _BLOCK, _LABEL, _EDGE, _FILLED = 30.0, 34.0, 24.0, 0.74
 _TALL, _LEAST_STEP, _MOST_STEP = 640.0, 13.0, 26.0
+_MOST_RANGES = 120  # characters of channel ranges that somebody still reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ class _Drawing:
             f"{heads}{''.join(parts)}</svg>"
         )
 
-    def _along(self, layer: int, *, output: bool) -> float:
+    def _along(self, layer: int, *, output: bool = False) -> float:
         step = self.output_step if output else self.step
         return self.start + layer * step + (step - self.block) / 2
 
@@ -147,7 +149,7 @@ class _Drawing:
         return f"var(--w{wood(ref, self.variants)})"
 
     def _ribbon(self, ribbon: Ribbon) -> str:
-        a, b = (self._along(ribbon.source.layer, output=False) + edge * self.block for edge in ribbon.out_of)
+        a, b = (self._along(ribbon.source.layer) + edge * self.block for edge in ribbon.out_of)
         c, d = (self._along(ribbon.output, output=True) + edge * self.block for edge in ribbon.into)
         near, far = self.near + _BLOCK, self.far
         middle = (near + far) / 2
@@ -173,22 +175,15 @@ class _Drawing:
         if not outputs:
             look = 'fill="none" stroke="var(--soft)" stroke-dasharray="2 2" stroke-opacity=".7"'
             title = f"layer {layer}: dropped"
-        along = self._along(layer, output=False)
-        return self._layer("in", layer, title, self._box(along, self.near, self.block, look))
+        return self._layer("in", layer, title, self._box(self._along(layer), self.near, self.block, look))
 
     def _output(self, layer: int) -> str:
         mine = [ribbon for ribbon in self.ribbons if ribbon.output == layer]
         title = f"output layer {layer}: " + "; ".join(ribbon.title for ribbon in mine)
-        along = self._along(layer, output=True)
-        boxes = "".join(
-            self._box(
-                along + ribbon.into[0] * self.block,
-                self.far,
-                (ribbon.into[1] - ribbon.into[0]) * self.block,
-                f'fill="{self._colour(ribbon.source)}"',
-            )
-            for ribbon in mine
-        )
+        boxes = ""
+        for ribbon in mine:
+            start, stop = (self._along(layer, output=True) + edge * self.block for edge in ribbon.into)
+            boxes += self._box(start, self.far, stop - start, f'fill="{self._colour(ribbon.source)}"')
         return self._layer("out", layer, title, boxes)
 
     def _layer(self, side: str, layer: int, title: str, boxes: str) -> str:
@@ -243,15 +238,20 @@ def _shares(op: Op, pieces: Pieces) -> list[tuple[LayerRef, float, str]]:
     ]
 
 
-def made_of(op: Op, pieces: Pieces, *, named: bool) -> str:
-    """Say in one line what a layer is made of; `named`: sources with the names of their variants."""
+def made_of(op: Op, mlp: str, *, named: bool) -> str:
+    """What a layer is made of, in one line.
+
+    Args:
+        mlp: what the pieces of an MLP are called.
+        named: whether sources have the names of their variants.
+    """
 
     def name(ref: LayerRef) -> str:
         return str(ref) if named else str(ref.layer)
 
     if isinstance(op, Concat):
         return " + ".join(
-            f"{name(cut.source)} (KV groups {len(cut.kv_groups)}, {pieces.mlp} {len(cut.channels)})" for cut in op.cuts
+            f"{name(cut.source)} (KV groups {len(cut.kv_groups)}, {mlp} {len(cut.channels)})" for cut in op.cuts
         )
     if not isinstance(op, Merge):
         return f"{name(op.source)}, whole"
@@ -286,33 +286,20 @@ def sources_in_words(recipe: Recipe) -> str:
     )
 
 
-_LONGEST = 120  # characters of channel ranges that somebody still reads
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFacts:
-    """What a run knows of its layers, apart from its recipes."""
-
-    # Block influence of every original layer.
-    influence: Sequence[float] = ()
-    # Span influence by first layer, at the first step.
-    spans: Mapping[int, float] = field(default_factory=dict)
-    # The log of a plan, by depth.
-    steps: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    # Rows of the closed form by output layer of the shallowest recipe.
-    fits: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-
-    @classmethod
-    def of_plan(cls, evidence: Mapping[str, Any], steps: Mapping[int, Mapping[str, Any]], **more: Any) -> LayerFacts:
-        """Return what a plan has measured at its first step, and logged."""
-        spans = {int(start): value for start, value in (evidence.get("span_scores") or {}).items()}
-        return cls(influence=evidence.get("influence") or (), spans=spans, steps=steps, **more)
-
-
 def puzzle_section(
-    recipes: Mapping[int, Recipe], pieces: Pieces, facts: LayerFacts | None = None, *, summary: str = ""
+    recipes: Mapping[int, Recipe],
+    pieces: Pieces,
+    evidence: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    fits: Sequence[Mapping[str, Any]] = (),
+    summary: str = "",
 ) -> Section:
-    """Return the picture at every depth, and below it the shallowest recipe as a table."""
+    """The picture at every depth, the deepest first, and below it the shallowest recipe as a table.
+
+    Args:
+        evidence: of the first step of a plan: `influence` of every layer, and `span_scores` by first layer.
+        fits: rows of the closed form, of the shallowest recipe.
+    """
     least = min(recipes)
     recipe = recipes[least]
     variants = [variant.name for variant in recipe.variants]
@@ -320,15 +307,23 @@ def puzzle_section(
         {
             "output layer": str(index),
             "stands for": str(first) if stop - first == 1 else f"{first} to {stop - 1}",
-            "made of": made_of(op, pieces, named=len(variants) > 1),
+            "made of": made_of(op, pieces.mlp, named=len(variants) > 1),
         }
         for index, (op, (first, stop)) in enumerate(zip(recipe.layers, recipe.spans, strict=True))
     ]
+    data = {
+        "kv": pieces.n_kv_heads,
+        "heads": pieces.heads_per_group,
+        "channels": pieces.n_mlp_pieces,
+        "mlp": pieces.mlp,
+        "influence": [_digits(value) for value in evidence.get("influence") or ()],
+        "spans": {str(start): _digits(value) for start, value in (evidence.get("span_scores") or {}).items()},
+        "depths": {str(layers): _outputs(each, fits if layers == least else ()) for layers, each in recipes.items()},
+    }
     board = Pictures(
         depth=recipe.depth,
-        chosen=least,
-        pictures=[Picture(layers=layers, svg=puzzle_svg(each, pieces)) for layers, each in recipes.items()],
-        data=puzzle_data(recipes, pieces, facts or LayerFacts()),
+        pictures={layers: puzzle_svg(each, pieces) for layers, each in recipes.items()},
+        data=data,
         summary=summary or sources_in_words(recipe),
         members=variants if len(variants) > 1 else (),
     )
@@ -336,42 +331,22 @@ def puzzle_section(
         title="The puzzle",
         intro="A ribbon is as wide as the share of a layer's pieces that it carries. Pale ribbons are layers kept "
         "whole, empty frames are dropped layers. Point at a layer to see what it is made of.",
-        blocks=[
-            board,
-            table(rows, text_columns=("stands for", "made of"), caption=f"All {least} layers", folded=True),
-        ],
+        blocks=[board, Table(rows=rows, words=("stands for", "made of"), caption=f"All {least} layers", folded=True)],
     )
 
 
-def puzzle_data(recipes: Mapping[int, Recipe], pieces: Pieces, facts: LayerFacts) -> dict[str, Any]:
-    """Return everything that the script shows, by depth."""
-    least = min(recipes)
-    return {
-        "kv": pieces.n_kv_heads,
-        "heads": pieces.heads_per_group,
-        "channels": pieces.n_mlp_pieces,
-        "mlp": pieces.mlp,
-        "influence": [_digits(value) for value in facts.influence],
-        "spans": {str(start): _digits(value) for start, value in facts.spans.items()},
-        "depths": {
-            str(layers): [_output(recipe, index, facts, healed=layers == least) for index in range(len(recipe.layers))]
-            for layers, recipe in recipes.items()
-        },
-    }
-
-
-def _output(recipe: Recipe, index: int, facts: LayerFacts, *, healed: bool) -> dict[str, Any]:
+def _outputs(recipe: Recipe, fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the page's script shows of every output layer."""
     variants = [variant.name for variant in recipe.variants]
-    op = recipe.layers[index]
-    parts = [_part(op, number, variants) for number in range(len(op.sources))]
-    notes = list(_step_notes(recipe, index, facts.steps)) if len(op.sources) > 1 else []
-    notes += [
-        (f"fit of {fit['module']}", f"error {fit['error_before']:.3g} → {fit['error_after']:.3g}")
-        for fit in (facts.fits.get(index, ()) if healed else ())
-        if fit.get("ridge") is not None
+    found: list[dict[str, Any]] = [
+        {"span": list(span), "parts": [_part(op, number, variants) for number in range(len(op.sources))]}
+        for op, span in zip(recipe.layers, recipe.spans, strict=True)
     ]
-    found: dict[str, Any] = {"span": list(recipe.spans[index]), "parts": parts}
-    return {**found, "notes": notes} if notes else found
+    for fit in fits:
+        if fit.get("ridge") is not None:
+            errors = f"error {fit['error_before']:.3g} → {fit['error_after']:.3g}"
+            found[int(fit["layer"])].setdefault("notes", []).append((f"fit of {fit['module']}", errors))
+    return found
 
 
 def _part(op: Op, number: int, variants: Sequence[str]) -> dict[str, Any]:
@@ -381,47 +356,13 @@ def _part(op: Op, number: int, variants: Sequence[str]) -> dict[str, Any]:
         found["variant"] = ref.variant
     if isinstance(op, Concat):
         cut = op.cuts[number]
-        ranges = format_ranges(cut.channels)
         found |= {"kv": list(cut.kv_groups), "channels": len(cut.channels)}
-        found |= {"ranges": ranges} if len(ranges) <= _LONGEST else {}
+        ranges = format_ranges(cut.channels)
+        if len(ranges) <= _MOST_RANGES:
+            found["ranges"] = ranges
     if isinstance(op, Merge):
         found["weight"] = _digits(op.weights[number])
     return found
-
-
-def _step_notes(recipe: Recipe, index: int, steps: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Describe the step that made this layer: the last one that named its sources."""
-    sources = {str(source) for source in recipe.layers[index].sources}
-    made = {
-        layers: step
-        for layers, step in steps.items()
-        if layers >= len(recipe.layers) and step.get("op") and set(step["op"]) == sources
-    }
-    if not made:
-        return
-    step, evidence = made[min(made)], made[min(made)].get("evidence") or {}
-    yield "joined", f"in the step to {min(made)} layers"
-    start = str(step["merged"][0])
-    if start in (evidence.get("span_scores") or {}):
-        yield "score of the span then", f"{evidence['span_scores'][start]:.4g}"
-    if evidence.get("prior_ratios"):
-        yield "ratio by block influence", _ratio(evidence["prior_ratios"])
-    chosen = [entry for entry in evidence.get("grid") or () if _is_chosen(entry, step)]
-    if chosen:
-        yield "ratio by loss", _ratio(max(chosen, key=lambda entry: entry["sequences"])["ratios"])
-    if step.get("loss") is not None:
-        yield "calibration loss then", f"{step['loss']:.4g}"
-
-
-def _is_chosen(entry: Mapping[str, Any], step: Mapping[str, Any]) -> bool:
-    """Whether an entry of the grid is the one that was taken: its loss is the model's."""
-    same_start = entry.get("start", step["merged"][0]) == step["merged"][0]
-    loss = step.get("loss")
-    return same_start and loss is not None and abs(entry["loss"] - loss) < 1e-9
-
-
-def _ratio(shares: Sequence[float]) -> str:
-    return " : ".join(f"{share:.2f}" for share in shares)
 
 
 def _digits(value: float) -> float:

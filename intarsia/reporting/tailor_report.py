@@ -12,11 +12,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from intarsia.errors import few
 from intarsia.recipe.recipe import Recipe, Variant
-from intarsia.reporting.blocks import Block, Code, Facts, Figure, Section, Subject, Tile, table
+from intarsia.reporting.blocks import Block, Figure, Origin, Section, Subject, Table, Tile
 from intarsia.reporting.figures import Axis, Point, Series, chart
 from intarsia.reporting.puzzle import pieces_of, puzzle_section, puzzle_svg, sources_in_words
-from intarsia.reporting.wording import model_name, short, text_of, written
+from intarsia.reporting.wording import change, model_name, pairs_of, short, text_of
 from intarsia.tailoring.run import FAMILY, Front, TailorRun, Trial
 
 _MOST_PAIRS, _MOST_PICTURES = 6, 4
@@ -29,18 +30,17 @@ def read(path: Path) -> Subject:
         UserError: it is damaged.
     """
     run = TailorRun(path)
-    members = run.settings["members"]
+    members, space = run.settings["members"], run.settings["space"]
     base = next(iter(members.values()))
-    space, names = run.settings["space"], [model_name(base["model"]), *list(members)[1:]]
+    names = [model_name(base["model"]), *list(members)[1:]]
     return Subject(
-        path=path,
         title=f"{' + '.join(names)}, {space['depth']} → {space['target']} layers",
         subtitle=f"A search over a family: {len(run.made)} trials by {run.settings['engine']}, on up to "
         f"{max(run.settings['budgets'])} examples of each of {', '.join(run.objectives)}",
         base=(str(base.get("sha256") or ""), str(base["model"])),
         tiles=_tiles(run),
         notes=_notes(run),
-        sections=[*_front(run), *_final(run), *_puzzle(run), _search(run), _origin(run)],
+        sections=[_front(run), _final(run), *_puzzle(run), _search(run), _origin(run)],
     )
 
 
@@ -54,11 +54,9 @@ def _notes(run: TailorRun) -> list[str]:
     elif not run.front.top:
         examples = f"{run.front.budget} examples"
         notes.append(f"No trial at the greatest budget has succeeded yet: the front is of trials on {examples}.")
-    failed = [trial for trial in run.trials if trial.status == "failed"]
-    if failed:
-        reasons = list(dict.fromkeys(str(trial.reason) for trial in failed))
-        more = f" and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-        notes.append(f"Failed trials, which have no cost: {len(failed)} ({'; '.join(reasons[:3])}{more}).")
+    if failed := [str(trial.reason) for trial in run.trials if trial.status == "failed"]:
+        reasons = few(list(dict.fromkeys(failed)), 3, between="; ")
+        notes.append(f"Failed trials, which have no cost: {len(failed)} ({reasons}).")
     return notes
 
 
@@ -70,29 +68,22 @@ def _tiles(run: TailorRun) -> list[Tile]:
     ]
     if run.front is None:
         return tiles
-    knee = run.front.knee
-    tiles.append(
-        Tile(name="trials of the front", now=str(len(run.front.points)), change=f"trial {knee.number} is the knee")
-    )
+    knee = f"trial {run.front.knee.number} is the knee"
+    tiles.append(Tile(name="trials of the front", now=str(len(run.front.points)), change=knee))
     for at, name in enumerate(run.objectives):
         best, base = _costs(run.front.best(name))[at], run.base.get(name)
-        tiles.append(
-            Tile(
-                name=f"{name}, least cost",
-                before="" if base is None else short(base),
-                now=short(best),
-                change="" if not base else f"{best / base - 1.0:+.1%} against the base model",
-            )
-        )
+        moved = f"{change(base, best)} against the base model" if base else ""
+        before = "" if base is None else short(base)
+        tiles.append(Tile(name=f"{name}, least cost", before=before, now=short(best), change=moved))
     return tiles
 
 
-def _front(run: TailorRun) -> list[Section]:
+def _front(run: TailorRun) -> Section:
     """The Pareto front: objectives against each other, and a table."""
-    if run.front is None:
-        return []
+    front, title = run.front, "The Pareto front"
+    if front is None:
+        return Section(title=title, blocks=[])
     pairs = list(combinations(range(len(run.objectives)), 2))[:_MOST_PAIRS]
-    blocks: list[Block] = [_pair(run, run.front, *pair) for pair in pairs]
     # With one objective all trials of the front are equally good.
     rows = [
         {
@@ -102,18 +93,14 @@ def _front(run: TailorRun) -> list[Section]:
             "engine": row["engine"],
             "origin": row["origin"],
         }
-        for row in (run.front.rows() if pairs else run.front.rows()[:1])
+        for row in (front.rows() if pairs else front.rows()[:1])
     ]
-    blocks.append(table(rows, text_columns=("best in", "engine", "origin"), caption="The trials of the front"))
-    return [
-        Section(
-            title="The Pareto front",
-            blocks=blocks,
-            intro=f"Costs on {run.front.budget} examples of each objective; lower is better. No other trial is better "
-            "than one of the front in every objective. The knee is the best for equal weights, and is what the search "
-            "builds.",
-        )
-    ]
+    table = Table(rows=rows, words=("best in", "engine", "origin"), caption="The trials of the front")
+    intro = (
+        f"Costs on {front.budget} examples of each objective; lower is better. No other trial is better than one of "
+        "the front in every objective. The knee is the best for equal weights, and is what the search builds."
+    )
+    return Section(title=title, blocks=[*(_pair(run, front, *pair) for pair in pairs), table], intro=intro)
 
 
 def _pair(run: TailorRun, front: Front, first: int, second: int) -> Figure:
@@ -143,12 +130,13 @@ def _pair(run: TailorRun, front: Front, first: int, second: int) -> Figure:
     return Figure(svg=svg, caption=f"{up} against {across}, at {front.budget} examples.{omitted}")
 
 
-def _final(run: TailorRun) -> list[Section]:
+def _final(run: TailorRun) -> Section:
     """The final scores on examples that the search has not seen."""
-    if run.final is None:
-        return []
+    final, title = run.final, "Final scores"
+    if final is None:
+        return Section(title=title, blocks=[])
     rows = []
-    for row in run.final["rows"]:
+    for row in final["rows"]:
         cells = {"model": str(row["model"]), "layers": str(row["layers"])}
         cells |= {name: _measure(row[name]) for name in run.objectives if name in row}
         accuracies = row.get("accuracy") or {}
@@ -156,23 +144,21 @@ def _final(run: TailorRun) -> list[Section]:
         if row.get("mean_kept") is not None:
             cells["accuracy kept"] = f"{row['mean_kept']:.1%}"
         rows.append(cells)
-    counts = ", ".join(f"{count} of {name}" for name, count in run.final["examples"].items())
-    without = run.final.get("without") or []
+    counts = ", ".join(f"{count} of {name}" for name, count in final["examples"].items())
+    without = final.get("without") or []
     more = f" No examples of {', '.join(without)} are left for this." if without else ""
     intro = f"On examples that the search has not seen ({counts}); ± one standard error.{more}"
-    return [Section(title="Final scores", blocks=[table(rows, text_columns=("model",))], intro=intro)]
+    return Section(title=title, blocks=[Table(rows=rows, words=("model",))], intro=intro)
 
 
 def _measure(value: Mapping[str, Any], *, percent: bool = False) -> str:
-    error = value.get("stderr")
-    if percent:
-        return f"{value['value']:.1%}" + ("" if error is None else f" ± {error:.1%}")
-    return f"{value['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    error, (digits, few_digits) = value.get("stderr"), (".1%", ".1%") if percent else (".4g", ".2g")
+    return f"{value['value']:{digits}}" + ("" if error is None else f" ± {error:{few_digits}}")
 
 
 def _puzzle(run: TailorRun) -> list[Section]:
     """The knee's picture to point at, and those of the best trial of each objective."""
-    recipe = None if run.front is None else _of_all(run, run.recipe(run.front.knee))
+    recipe = None if run.front is None else _of_all(run, run.front.knee)
     if run.front is None or recipe is None:
         return []
     healed = (
@@ -183,19 +169,18 @@ def _puzzle(run: TailorRun) -> list[Section]:
     figures = []
     for objective in run.objectives[:_MOST_PICTURES]:
         best = run.front.best(objective)
-        other = None if best is run.front.knee else _of_all(run, run.recipe(best))
+        other = None if best is run.front.knee else _of_all(run, best)
         if other is not None:
             caption = f"Trial {best.number}, the best in {objective}. {sources_in_words(other)}"
             figures.append(Figure(svg=puzzle_svg(other, pieces_of(other)), caption=caption))
     return [replace(section, blocks=[*section.blocks, *figures])]
 
 
-def _of_all(run: TailorRun, recipe: Recipe | None) -> Recipe | None:
-    """The recipe with every member of the family, so that a member has the same colour in all pictures."""
-    if recipe is None:
-        return None
-    members = run.settings["members"].items()
-    return replace(recipe, variants=tuple(Variant(name=name, model=str(member["model"])) for name, member in members))
+def _of_all(run: TailorRun, trial: Trial) -> Recipe | None:
+    """A trial's recipe with every member of the family, so that a member has the same colour in all pictures."""
+    recipe, members = run.recipe(trial), run.settings["members"].items()
+    variants = tuple(Variant(name=name, model=str(member["model"])) for name, member in members)
+    return None if recipe is None else replace(recipe, variants=variants)
 
 
 def _search(run: TailorRun) -> Section:
@@ -216,7 +201,7 @@ def _search(run: TailorRun) -> Section:
         for (engine, budget), found in sorted(groups.items())
     ]
     if rows:
-        blocks.append(table(rows, text_columns=("engine",), caption="Trials by engine and budget"))
+        blocks.append(Table(rows=rows, words=("engine",), caption="Trials by engine and budget"))
     return Section(title="The search", blocks=blocks)
 
 
@@ -240,25 +225,24 @@ def _progress(run: TailorRun, front: Front) -> Figure:
 
 def _origin(run: TailorRun) -> Section:
     """Commands, the family file, settings and hashes."""
-    folder = shlex.quote(run.path.resolve().name)
+    folder, settings = shlex.quote(run.path.resolve().name), run.settings
     commands = [
         f"intarsia tailor {FAMILY} -o {folder} --trials {max(run.wanted, 1)}",
         f"intarsia build {folder} --knee -o OUT",
         *(f"intarsia build {folder} --best {shlex.quote(name)} -o OUT" for name in run.objectives),
     ]
-    settings = run.settings
-    pairs = [
-        (name, written(settings[name])) for name in ("space", "budgets", "engine", "seed", "heal", "device", "dtype")
-    ]
+    facts = pairs_of(
+        {name: settings[name] for name in ("space", "budgets", "engine", "seed", "heal", "device", "dtype")}
+    )
     for name, member in settings["members"].items():
-        pairs.append((f"member {name}", f"{member['model']}, sha256 {member.get('sha256') or 'not recorded'}"))
+        facts.append((f"member {name}", f"{member['model']}, sha256 {member.get('sha256') or 'not recorded'}"))
     for entry in settings["objectives"]:
         measure = entry.get("metric") or entry["kind"]
         examples = f"{measure} on {entry['source']}, examples' sha256 {entry['sha256']}"
-        pairs.append((f"objective {entry['name']}", examples))
-    pairs += [(name, str(value)) for name, value in settings.get("versions", {}).items()]
-    code = [Code(text="\n".join(commands)), *([Code(text=run.family.rstrip())] if run.family else [])]
-    return Section(title="How to reproduce it", blocks=[*code, Facts(pairs=pairs)])
+        facts.append((f"objective {entry['name']}", examples))
+    facts += pairs_of(settings.get("versions", {}))
+    texts = ["\n".join(commands), *([run.family.rstrip()] if run.family else [])]
+    return Section(title="How to reproduce it", blocks=[Origin(commands=texts, facts=facts)])
 
 
 def _costs(trial: Trial) -> tuple[float, ...]:

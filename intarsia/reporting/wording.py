@@ -35,7 +35,7 @@ PARTING = "By greedy decoding. What the original says too is grey; marked is the
 
 
 def text_of(key: str, value: Any, *, brief: bool = False) -> str:
-    """A value as text; its key says what it is: `...bytes`, `...seconds`, `...flops`.
+    """A value as text; its key says what it is: `...bytes`, `...seconds`.
 
     Args:
         brief: numbers in few characters and without their errors, as for a tile.
@@ -57,10 +57,6 @@ def text_of(key: str, value: Any, *, brief: bool = False) -> str:
         return size(value, digits=3 if brief else 4)
     if key.endswith("seconds"):
         return duration(value) if value >= 10 else f"{value:.2g} s"
-    if key == "petaflops":
-        return f"{value:,.4g} PFLOP"
-    if "flops" in key:
-        return f"{value / 1e12:,.4g} TFLOP"
     if brief:
         return short(value)
     if isinstance(value, int):
@@ -103,9 +99,29 @@ def is_measure(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("value"), int | float)
 
 
-def written(value: Any) -> str:
-    """A setting as text."""
-    return text_of("", value) or "none"
+def pairs_of(facts: Mapping[str, Any], *, before: str = "") -> list[tuple[str, str]]:
+    """Names and values as text, without what is None; `before` is put before the names."""
+    named = ((name, value) for name, value in facts.items() if value is not None)
+    return [(before + name.replace("_", " "), text_of("", value) or "none") for name, value in named]
+
+
+def texts_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of measures as rows of a table."""
+    return [{MEASURES.get(name) or title_of(name): text_of(name, value) for name, value in row.items()} for row in rows]
+
+
+def rows_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The table of what was measured before and after."""
+    return [
+        {
+            "": MEASURES.get(key) or title_of(key),
+            "before": text_of(key, before.get(key)),
+            "after": text_of(key, after.get(key)),
+            "change": change(before.get(key), after.get(key)),
+        }
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) is not None or after.get(key) is not None
+    ]
 
 
 def text_name(source: str) -> str:

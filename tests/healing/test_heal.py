@@ -21,8 +21,8 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
 from intarsia.commands import heal as verb
 from intarsia.commands.heal import HealResult, PerplexityTexts, TrainingText
-from intarsia.commands.heal import _read_source as read_source
 from intarsia.commands.job import load_tokenizer
+from intarsia.commands.recipes import read_recipe
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw
 from intarsia.errors import UserError
@@ -70,7 +70,7 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = schema.load(out / "recipe" / "recipe.yaml")
     assert [row["stage"] for row in recipe.provenance["heal"]["stages"]] == ["cut", *ALL]
     # A healed model can be healed again, and a finished run is only read.
-    assert schema.content_hash(read_source(out)) == found.recipe_sha256
+    assert schema.content_hash(read_recipe(out)) == found.recipe_sha256
     again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
     assert again.stages == found.stages and again.recipe_sha256 == found.recipe_sha256
 
@@ -125,7 +125,7 @@ def test_what_is_held_out_comes_after_what_was_fitted_on(recipe_file: Path, text
     """Of the same text: a fit on a sequence makes the model look better on it than it is."""
     given: dict[str, Any] = {"data": str(text_file), "stages": ("closed-form",)}
     heal(recipe_file, tmp_path / "fitted", **given)
-    recipe = read_source(tmp_path / "fitted")
+    recipe = read_recipe(tmp_path / "fitted")
     assert recipe.fitted
     calibration = {"text": str(text_file), "tokens": 1024, "seq_len": 32, "seed": 0}
     tokenizer = load_tokenizer(open_checkpoint(recipe.variants[0].model))

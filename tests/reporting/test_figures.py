@@ -12,12 +12,10 @@ from markupsafe import Markup
 from intarsia.reporting.figures import (
     PALETTE,
     Axis,
-    Interval,
     Point,
     Series,
     chart,
     heat,
-    intervals,
     layers_axis,
     standalone,
     variables,
@@ -112,9 +110,6 @@ def test_long_names_leave_room_for_the_chart() -> None:
     name = "come[" + "x" * 200 + "]"
     tree = drawn(line(name, 1.0, 2.0), line("b", 2.0), note="n")
     assert name[:53] + "…" in texts(tree)
-    row = Interval(name=name, value=0.5, low=0.4, high=0.6, hue=0)
-    tree = ElementTree.fromstring(intervals([row], label="acc", title="t"))
-    assert name[:35] + "…" in texts(tree) and f"{name}: 0.5, 95 % interval 0.4 to 0.6" in places(tree)
     assert "n" in texts(drawn(line("only", 1.0), note="n"))
 
 
@@ -143,20 +138,6 @@ def test_heat_is_stronger_where_values_are_larger() -> None:
     assert widths[0] == pytest.approx(2 * widths[1], abs=0.1) and widths[3] == pytest.approx(4 * widths[1], abs=0.1)
 
 
-def test_intervals_hold_their_values() -> None:
-    rows = [
-        Interval(name="a", value=0.5, low=0.4, high=0.6, hue=0),
-        Interval(name="b", value=0.7, low=0.65, high=0.75, hue=4, hollow=True),
-    ]
-    tree = ElementTree.fromstring(intervals(rows, label="acc", title="t", rules=[(0.25, "chance")]))
-    found = places(tree)
-    first, second = found["a: 0.5, 95 % interval 0.4 to 0.6"], found["b: 0.7, 95 % interval 0.65 to 0.75"]
-    assert first[0] < second[0] and first[1] < second[1]
-    (start, _, stop, _), _ = errors(tree)
-    assert start < first[0] < stop
-    assert {"a", "b", "acc", "chance"} <= set(texts(tree))
-
-
 def test_a_chart_is_fit_for_a_strict_page_and_always_the_same() -> None:
     def once() -> Markup:
         axis = Axis(label="$x$")
@@ -183,7 +164,6 @@ def test_names_are_escaped(name: str) -> None:
     series = [Series(name=name, points=[Point(x=0, y=1.0, title=name)], hue=0), line("b", 2.0)]
     drawings = [
         chart(series, x=Axis(label=name), y=Axis(label=name), title=name, rules=[(1.0, name)], note=name),
-        intervals([Interval(name=name, value=1, low=0, high=2, hue=0)], label=name, title=name, rules=[(1.0, name)]),
         heat([[1.0]], title=name, across=name, down=name),
     ]
     for svg in drawings:

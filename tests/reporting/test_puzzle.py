@@ -117,7 +117,7 @@ def test_the_picture_of_the_page_has_every_layer_and_ribbon() -> None:
     assert 'aria-label="layer 4: dropped"' in dropped and dropped.count("stroke-dasharray") == 1
 
 
-def test_what_a_layer_is_made_of(pieces: Pieces) -> None:
+def test_what_a_layer_is_made_of() -> None:
     blend = Merge(
         sources=(of(2), of(2, "math")),
         weights=(0.5, 0.5),
@@ -137,7 +137,7 @@ def test_what_a_layer_is_made_of(pieces: Pieces) -> None:
             "attention: linear of 0.5 × base:2, 0.5 × math:2; MLP: ties of 1 × math:2; density 0.2; lambda 1.5",
         ),
     ):
-        assert made_of(op, pieces, named=named) == words
+        assert made_of(op, "channels", named=named) == words
 
 
 def test_sources_in_words(recipe: Recipe) -> None:
