@@ -210,10 +210,13 @@ def lists(
                 expected = f"a positive whole number, for there is no {entry.field}"
                 remedy = f"Give the config its {entry.field}: load it with transformers 5 and save it again."
                 problems.append(mismatch(f"{where}: {entry.every}", expected, repr(stated), remedy))
-        elif _fits(entry, value, n_layers):
-            found[entry.field] = tuple(value)
         else:
-            problems.append(_wrong_length(entry, value, n_layers, where))
+            kind = str if entry.field == "layer_types" else (str, int)
+            fits = isinstance(value, list) and len(value) == n_layers and all(isinstance(each, kind) for each in value)
+            if fits:
+                found[entry.field] = tuple(value)
+            else:
+                problems.append(_wrong_length(entry, value, n_layers, where))
     return found
 
 
@@ -245,10 +248,3 @@ def _interval(value: Any) -> bool:
 
 def _by_rule(entry: PerLayer, every: Any, n_layers: int) -> tuple[Any, ...]:
     return tuple(entry.others if (layer + 1) % every else entry.nth for layer in range(n_layers))
-
-
-def _fits(entry: PerLayer, value: Any, n_layers: int) -> bool:
-    if not isinstance(value, list) or len(value) != n_layers:
-        return False
-    kind = str if entry.field == "layer_types" else (str, int)
-    return all(isinstance(item, kind) for item in value)

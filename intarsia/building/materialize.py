@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from intarsia.building.layer import layer_tensors
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.loading import check_config, set_parameter
-from intarsia.checkpoint.files import TensorHeader
+from intarsia.checkpoint.files import TensorPlan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, shallower_config, write_config
+from intarsia.checkpoint.writer import checkpoint_writer, copy_side_files, shallower_config, write_config
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
@@ -76,9 +77,9 @@ def materialize(
         )
         for name in outside
     ]
-    plans += [_plan(name, header) for name, header in base.kept.items()]
+    plans += base.kept.values()
     further = base.further_names(len(recipe.layers))
-    plans += [_plan(base.stored_name(new), base.headers[name]) for name, new in further.items()]
+    plans += [replace(base.headers[name], name=base.stored_name(new)) for name, new in further.items()]
     for index, op in enumerate(recipe.layers):
         first = op.sources[0]
         source = variants[first.variant]
@@ -99,7 +100,7 @@ def materialize(
         for name in outside:
             writer.write(base.stored_name(name), outside_tensor(base, name, kept))
         for name in base.kept:
-            writer.write(name, base.kept_tensor(name))
+            writer.write(name, base.kept[name].tensor())
         for name, new in further.items():
             writer.write(base.stored_name(new), base.tensor(name))
         for index, op in enumerate(recipe.layers):
@@ -138,10 +139,6 @@ def outside_tensor(checkpoint: Checkpoint, name: str, kept: Sequence[int], *, me
     if axis is None or list(kept) == list(range(architecture.n_layers)):
         return tensor
     return torch.cat([tensor.chunk(architecture.n_layers, dim=axis)[layer] for layer in kept], dim=axis)
-
-
-def _plan(name: str, header: TensorHeader) -> TensorPlan:
-    return TensorPlan(name=name, dtype=header.dtype, shape=header.shape)
 
 
 def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.checkpoint.files import read_headers
+from intarsia.checkpoint.files import TensorPlan, read_headers
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, not_finite, not_finite_in, sha256_of
 from intarsia.checkpoint.reader import Adapter, Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint, resolve
-from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files
+from intarsia.checkpoint.writer import checkpoint_writer, copy_side_files
 from intarsia.disk import read_json
 from intarsia.errors import Problem, Problems, UserError, few, in_words
 from intarsia.model_name import plain_name
@@ -150,23 +150,20 @@ def _merged_folder(folder: Path, sha256: str, base: Checkpoint) -> Path:
 
 
 def _write(model: Merged, adapter: Path, out: Path) -> None:
-    base, tensors = model.base, model.plan()
-    plans = [TensorPlan(name=base.stored_name(name), dtype=dtype, shape=shape) for name, dtype, shape in tensors]
-    kept = [TensorPlan(name=header.name, dtype=header.dtype, shape=header.shape) for header in base.kept.values()]
-    changed: list[str] = []
-    title = f"Merging {adapter.name}"
+    base, plans, changed = model.base, model.plan(), list[str]()
+    stored = [replace(plan, name=base.stored_name(plan.name)) for plan in plans]
     with (
-        checkpoint_writer(out, [*plans, *kept], overwrite=True) as writer,
-        current().task(title, sum(plan.nbytes for plan in plans)) as task,
+        checkpoint_writer(out, [*stored, *base.kept.values()], overwrite=True) as writer,
+        current().task(f"Merging {adapter.name}", sum(plan.nbytes for plan in plans)) as task,
     ):
-        for plan, (name, _, _) in zip(plans, tensors, strict=True):
-            tensor = model.tensor(name)
-            if name not in base.headers or not torch.equal(tensor, base.tensor(name)):
-                changed.append(name)
-            writer.write(plan.name, tensor)
+        for plan in plans:
+            tensor = model.tensor(plan.name)
+            if plan.name not in base.headers or not torch.equal(tensor, base.tensor(plan.name)):
+                changed.append(plan.name)
+            writer.write(base.stored_name(plan.name), tensor)
             task.advance(plan.nbytes)
-        for plan in kept:
-            writer.write(plan.name, base.kept_tensor(plan.name))
+        for name, header in base.kept.items():
+            writer.write(name, header.tensor())
         config = model.config()
         if base.wrapper is not None:
             config = base.wrapper.wrapped(base.config, config)
@@ -208,15 +205,15 @@ class Merged:
         """Whether the vocabulary has more rows than the base's."""
         return self._rows != self.base.architecture.vocabulary
 
-    def plan(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor."""
-        found = []
+    def plan(self) -> list[TensorPlan]:
+        """Every tensor, by the base's names."""
+        found = {}
         for name, header in self.base.headers.items():
-            outside = name in (self._embedding, self._head)
-            found.append((name, header.dtype, (self._rows, *header.shape[1:]) if outside else header.shape))
-        if self.untied and self._head not in self.base.headers:
-            found.append((self._head, *next(entry[1:] for entry in found if entry[0] == self._embedding)))
-        return found
+            shape = (self._rows, *header.shape[1:]) if name in (self._embedding, self._head) else header.shape
+            found[name] = TensorPlan(name=name, dtype=header.dtype, shape=shape)
+        if self.untied and self._head not in found:
+            found[self._head] = replace(found[self._embedding], name=self._head)
+        return list(found.values())
 
     def config(self) -> dict[str, Any]:
         """The config of the merged text model."""

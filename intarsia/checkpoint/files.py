@@ -53,15 +53,12 @@ _OBJECT = "a file with one JSON object"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorHeader:
-    """One tensor of a file."""
+class TensorPlan:
+    """A tensor that is in a file, or will be."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
-    # its first byte in the file
-    start: int
 
     @property
     def numel(self) -> int:
@@ -72,6 +69,15 @@ class TensorHeader:
     def nbytes(self) -> int:
         """Bytes of its entries."""
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader(TensorPlan):
+    """One tensor of a file."""
+
+    file: Path
+    # its first byte in the file
+    start: int
 
     def tensor(self) -> torch.Tensor:
         """The tensor, mapped from its file: pages are read when they are touched.

@@ -130,10 +130,6 @@ class Checkpoint:
         """
         return self.headers[name].tensor()
 
-    def kept_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the wrapper that belongs to no text model, by its name in the files."""
-        return self.kept[name].tensor()
-
     def stored_name(self, name: str) -> str:
         """What a tensor is called in the files."""
         return name if self.wrapper is None else self.wrapper.stored_name(name)

@@ -59,7 +59,11 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     check_model(model)
     on_hub = hub_gguf(name)
     if on_hub is not None:
-        return gguf_folder(_download_file(*on_hub, revision))
+        from huggingface_hub import hf_hub_download
+
+        repository, file = on_hub
+        fetched = _fetched(lambda: hf_hub_download(repository, file, revision=revision), repository, revision)
+        return gguf_folder(fetched)
     return _download(name, revision)
 
 
@@ -120,12 +124,6 @@ def _download(model: str, revision: str | None) -> Path:
             "and save it to a local folder with save_pretrained(), then pass that folder.",
         )
     return folder
-
-
-def _download_file(model: str, file: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return _fetched(lambda: hf_hub_download(model, file, revision=revision), model, revision)
 
 
 def _fetched(fetch: Callable[[], str], model: str, revision: str | None) -> Path:

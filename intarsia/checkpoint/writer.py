@@ -15,14 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import FileIO
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from intarsia.architecture.per_layer import for_layers
-from intarsia.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE
+from intarsia.checkpoint.files import DTYPES, INDEX_FILE, SINGLE_FILE, TensorPlan
 from intarsia.checkpoint.hashing import write_sums
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.stored_forms import NESTED, is_wrapped
@@ -54,20 +53,6 @@ _SIDE_FILES = (
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorPlan:
-    """A tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its entries."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +94,7 @@ class CheckpointWriter:
         assert len({plan.name for plan in tensors}) == len(tensors), "names are unique"
         self._shards = _lay_out(tensors, max_shard_bytes)
         self._nbytes = sum(plan.nbytes for plan in tensors)
-        self._parameters = sum(prod(plan.shape) for plan in tensors)
+        self._parameters = sum(plan.numel for plan in tensors)
         self._places = [(plan, shard) for shard in self._shards for plan in tensors if plan.name in shard.starts]
         self._done = 0
         self._file: FileIO | None = None

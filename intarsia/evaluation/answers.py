@@ -26,7 +26,7 @@ _QUESTION = 64  # most tokens of a question that the model writes
 _SEED = 7919  # apart from the calibration text's
 
 Ids: TypeAlias = tuple[int, ...]
-_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least so many tokens
+_REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least 12 tokens
 
 
 @dataclass(frozen=True, kw_only=True)

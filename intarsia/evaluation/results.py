@@ -264,11 +264,14 @@ def retention(
     _check_same_items(dense, other)
     tasks, draws_TD = [], []
     for number, (first, second) in enumerate(zip(dense, other, strict=True)):
-        d_n, o_n = (np.array(score.outcomes[first.primary]) for score in (first, second))
-        drawn = _means(d_n, o_n, draws, np.random.default_rng([seed, number]))
+        both = np.array([score.outcomes[first.primary] for score in (first, second)])
+        (d_P, o_P), counts = np.unique(both, axis=1, return_counts=True)
+        n, chance = both.shape[1], np.random.default_rng([seed, number])
+        drawn_DP = chance.multinomial(n, counts / n, size=draws) / n
+        drawn = (drawn_DP @ d_P, drawn_DP @ o_P)
         values = (first.value, second.metrics[first.primary].value)
         accuracy, above = _ratios(values, drawn, first.chance)
-        tasks.append(Retained(name=first.name, metric=first.primary, n=len(d_n), accuracy=accuracy, above_chance=above))
+        tasks.append(Retained(name=first.name, metric=first.primary, n=n, accuracy=accuracy, above_chance=above))
         draws_TD.append(drawn)
     chances = [score.chance for score in dense if score.chance is not None]
     first_mean = math.fsum(first.value for first in dense) / len(dense)
@@ -321,13 +324,6 @@ def _check_same_items(dense: Sequence[TaskScore], other: Sequence[TaskScore]) ->
                 "Leave this task out of the comparison.",
             )
     problems.raise_any()
-
-
-def _means(d_n: _Floats, o_n: _Floats, draws: int, chance: np.random.Generator) -> tuple[_Floats, _Floats]:
-    """Both models' means in every draw."""
-    pairs, counts = np.unique(np.stack([d_n, o_n], axis=1), axis=0, return_counts=True)
-    drawn = chance.multinomial(len(d_n), counts / len(d_n), size=draws) / len(d_n)
-    return drawn @ pairs[:, 0], drawn @ pairs[:, 1]
 
 
 def _ratios(

@@ -143,11 +143,12 @@ def compare_speed(
                 if turn > 0:  # the first round warms up
                     times[name].append(measured)
                 task.advance()
+    medians = {name: [statistics.median(each) for each in zip(*found, strict=True)] for name, found in times.items()}
     return {
         name: Speed(
-            prefill_tokens_per_s=batch * prompt_len / statistics.median(prefill for prefill, _ in times[name]),
-            time_to_first_token_s=statistics.median(prefill for prefill, _ in times[name]),
-            decode_tokens_per_s=batch * (new_tokens - 1) / statistics.median(decode for _, decode in times[name]),
+            prefill_tokens_per_s=batch * prompt_len / medians[name][0],
+            time_to_first_token_s=medians[name][0],
+            decode_tokens_per_s=batch * (new_tokens - 1) / medians[name][1],
             batch=batch,
             prompt_len=prompt_len,
             new_tokens=new_tokens,

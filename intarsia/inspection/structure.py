@@ -259,7 +259,7 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
         variants.setdefault(name, {}).setdefault(structure, layer)
     words: dict[tuple[str, str], str] = {}
     for name, found in variants.items():
-        own = _own([_parts(layer) for layer in found.values()])
+        own = _own([[type(part).__name__ for part in layer.children()] for layer in found.values()])
         if len(set(own)) < len(own):
             own = _own([_flags(layer) for layer in found.values()])
         for number, (each, word) in enumerate(zip(found, own, strict=True)):
@@ -267,10 +267,6 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
             words[name, each] = f"{name} ({unique})" if unique and len(own) > 1 else name
     kinds = tuple(words[str(name), structure] for name, structure in zip(named, structures, strict=True))
     return kinds if len(set(kinds)) > 1 else None
-
-
-def _parts(layer: nn.Module) -> list[str]:
-    return [type(part).__name__ for part in layer.children()]
 
 
 def _flags(layer: nn.Module) -> list[str]:

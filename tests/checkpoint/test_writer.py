@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from intarsia import disk
 from intarsia.checkpoint import writer
+from intarsia.checkpoint.files import TensorPlan
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.checkpoint.writer import TensorPlan, checkpoint_writer, copy_side_files, write_config
+from intarsia.checkpoint.writer import checkpoint_writer, copy_side_files, write_config
 from intarsia.disk import check_out, staged_folder
 from intarsia.errors import UserError
 
@@ -92,7 +93,7 @@ def test_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("most", [10**9, 15_000, 1])
 def test_a_model_that_is_copied_is_the_same_model(saved: dict[str, Path], tmp_path: Path, most: int) -> None:
     source = Checkpoint.open(saved["sharded"], model="m")
-    plan = [TensorPlan(name=h.name, dtype=h.dtype, shape=h.shape) for h in source.headers.values()]
+    plan = list(source.headers.values())
     with checkpoint_writer(tmp_path / "new" / "deep" / "out", plan, max_shard_bytes=most) as target:
         for entry in plan:
             target.write(entry.name, source.tensor(entry.name))
