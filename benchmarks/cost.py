@@ -10,12 +10,13 @@ the same decisions; that is checked.
 from __future__ import annotations
 
 import argparse
+import pathlib
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from intarsia.activations.loop import Path
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.commands.job import load_tokenizer
@@ -24,13 +25,26 @@ from intarsia.options import TextSpec
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.come import Come
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
+from intarsia.pruning.step import Change
 from intarsia.recipe.recipe import Variant, identity
+
+
+class WholeModel(Intermediate):
+    """Runs all layers for every change and candidate."""
+
+    def measure(self, start: int = 0, stop: int | None = None) -> None:
+        """All layers."""
+        super().measure(0, stop)
+
+    def path(self, change: Change) -> Path:
+        """All layers."""
+        return Path(layers=[*self.placed(0, change.start), *super().path(change).layers])
 
 
 def climb(resident: LoadedModel, corpus: Any, *, posterior: bool, reuse: bool, target: int) -> dict[str, Any]:
     """Plan down to `target`; cost, time and the layers that came out."""
     whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
-    model = Intermediate(resident, corpus, whole.layers, reuse_prefix=reuse)
+    model = (Intermediate if reuse else WholeModel)(resident, corpus, whole.layers)
     planner = (ComeP if posterior else Come)(ComePSettings(granularity=20, spans=1, racing=False))
     started = time.perf_counter()
     model.measure()
@@ -50,7 +64,7 @@ def climb(resident: LoadedModel, corpus: Any, *, posterior: bool, reuse: bool, t
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
     parser.add_argument("--tokens", type=int, nargs=2, default=[8192, 2048], metavar=("COME", "COME_P"))
     parser.add_argument("--layers", type=int, nargs=2, default=[21, 25], metavar=("COME", "COME_P"))
     given = parser.parse_args()

@@ -28,7 +28,7 @@ from intarsia.commands.compare import CompareEval, Entrants
 from intarsia.commands.job import Job
 from intarsia.evaluation.perplexity import eval_corpus, perplexity
 from intarsia.healing.pipeline import HealContext
-from intarsia.healing.stages.prune_comp import magnitude_ratios
+from intarsia.healing.stages.compensate import magnitude_ratios
 from intarsia.options import ModelRef, Runtime, TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.stream import LayerStream
-from intarsia.building import loading
 from intarsia.building.loaded_model import LoadedModel
+from intarsia.checkpoint import files
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Reference
 from intarsia.evaluation.answers import Prompts
 from intarsia.evaluation.perplexity import Chain, model_of, perplexity
 from intarsia.healing import layerwise
-from intarsia.healing.quality import quality
+from intarsia.healing.pipeline import quality
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Text
@@ -101,7 +101,7 @@ def test_embedding_and_head_leave_memory_behind_every_use(
     family: str, checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone: list[Any] = []
-    monkeypatch.setattr(loading, "let_go", gone.append)
+    monkeypatch.setattr(files, "let_go", gone.append)
     resident = streamed(checkpoint_of(family))
     tables = resident.model.get_input_embeddings().weight, resident.model.get_output_embeddings().weight
     assert (tables[0] is tables[1]) == resident.architecture.tied

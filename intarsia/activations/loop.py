@@ -22,13 +22,11 @@ from torch import Tensor
 
 from intarsia.activations.batches import Batch, Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
-from intarsia.activations.hooks import output_projections
 from intarsia.activations.loss import Likeliest
-from intarsia.activations.statistics import require_finite
+from intarsia.activations.statistics import output_projections, require_finite
 from intarsia.activations.stream import LayerCall, LayerStream
 from intarsia.architecture.spec import PARTS, Part
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.data.corpus import Corpus
 
 Read: TypeAlias = Callable[[slice], Tensor]
@@ -156,7 +154,7 @@ class Loop:
             self.batches.side_by_side(prepare, work, finish, sequences)
 
     def outputs(
-        self, layer: Placed, read: Read, *, sequences: Sequence[slice] = (slice(None),), inputs: Sequence[Part] = ()
+        self, layer: Placed, read: Read, *, sequences: slice = slice(None), inputs: Sequence[Part] = ()
     ) -> Iterator[Passed]:
         """One layer's outputs, batch after batch, for a caller that starts again with smaller batches where memory
         runs out (`Batches.whole`).
@@ -165,10 +163,9 @@ class Loop:
             inputs: parts, the inputs of whose output projections are handed over too.
         """
         with self._running(layer, read, inputs) as (prepare, work):
-            for part in sequences:
-                for _, _, passed in self.batches.results(prepare, work, part):
-                    self.spend(1, passed.rows)
-                    yield passed
+            for _, _, passed in self.batches.results(prepare, work, sequences):
+                self.spend(1, passed.rows)
+                yield passed
 
     @contextmanager
     def _running(
@@ -291,6 +288,17 @@ class Loop:
             with torch.inference_mode():
                 self.run(group, end, sequences=sequences)
             yield from map(torch.cat, found)
+
+    @torch.inference_mode()
+    def likeliest(self, path: Path, *, sequences: slice = slice(None)) -> Likeliest:
+        """The likeliest next tokens at every position, at the end of a path."""
+        found: list[Likeliest] = []
+
+        def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+            found.append(self.stream.likeliest(h_BTD, ids, mask))
+
+        self.run([path], end, sequences=sequences)
+        return Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def _batch_by_batch(
         self,

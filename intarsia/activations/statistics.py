@@ -1,17 +1,23 @@
-"""Streaming statistics of a layer. Everything accumulates in float32 or better and counts real tokens alone.
+"""Streaming statistics of a layer, and hooks on its output projections, whose inputs are measured.
+
+Everything accumulates in float32 or better and counts real tokens alone. The MLP of a mixture has no single output
+projection. Reported is how much every expert adds to the residual stream: the sum of absolute values of its output,
+times its router weight. The experts are run once more for this, one at a time, with the routing that the model chose.
 
 Shape suffixes: `N` tokens of any arrangement, `C` channels of a part, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from intarsia.architecture.spec import Part
+from intarsia.architecture.spec import PARTS, Architecture, Part
 from intarsia.errors import UserError
 
 
@@ -19,8 +25,8 @@ from intarsia.errors import UserError
 class ChannelSums:
     """Sums over tokens of |x_c| and x_c squared, for each channel of one part."""
 
-    absolute_C: Tensor | None = None
-    squared_C: Tensor | None = None
+    absolute_C: Tensor | float = 0.0
+    squared_C: Tensor | float = 0.0
     tokens: int = 0
 
     def add(self, x: Tensor, keep: Tensor | None) -> None:
@@ -28,30 +34,27 @@ class ChannelSums:
         x_NC = x.reshape(-1, x.shape[-1])
         if keep is not None:
             x_NC = x_NC[keep.reshape(-1)]
-        absolute_C = x_NC.abs().sum(dim=0, dtype=torch.float32).double()
-        squared_C = torch.linalg.vector_norm(x_NC, dim=0, dtype=torch.float32).double().square()
-        self.absolute_C = absolute_C if self.absolute_C is None else self.absolute_C + absolute_C
-        self.squared_C = squared_C if self.squared_C is None else self.squared_C + squared_C
+        self.absolute_C = self.absolute_C + x_NC.abs().sum(dim=0, dtype=torch.float32).double()
+        norm_C = torch.linalg.vector_norm(x_NC, dim=0, dtype=torch.float32)
+        self.squared_C = self.squared_C + norm_C.double().square()
         self.tokens += x_NC.shape[0]
 
     def include(self, other: ChannelSums) -> None:
         """Count what another has counted, on other tokens."""
-        if other.absolute_C is None or other.squared_C is None:
-            return
-        self.absolute_C = other.absolute_C if self.absolute_C is None else self.absolute_C + other.absolute_C
-        self.squared_C = other.squared_C if self.squared_C is None else self.squared_C + other.squared_C
+        self.absolute_C = self.absolute_C + other.absolute_C
+        self.squared_C = self.squared_C + other.squared_C
         self.tokens += other.tokens
 
     @property
     def mean_absolute_C(self) -> Tensor:
         """E[|x_c|]."""
-        assert self.absolute_C is not None and self.tokens > 0
+        assert isinstance(self.absolute_C, Tensor) and self.tokens > 0
         return self.absolute_C / self.tokens
 
     @property
     def root_mean_square_C(self) -> Tensor:
         """sqrt(E[x_c^2])."""
-        assert self.squared_C is not None and self.tokens > 0
+        assert isinstance(self.squared_C, Tensor) and self.tokens > 0
         return (self.squared_C / self.tokens).sqrt()
 
 
@@ -112,3 +115,57 @@ def last_real(ids: Tensor, mask: Tensor | None) -> Tensor:
     ends = torch.full((ids.shape[0],), ids.shape[1] - 1) if mask is None else mask.sum(dim=1) - 1
     last[torch.arange(ids.shape[0]), ends.to(ids.device)] = True
     return last
+
+
+def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
+    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
+
+    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
+    the one before it (`attention`); None where a layer has none.
+    """
+    if architecture.inspected is None:
+        return architecture.writer(part).module, architecture.residual_scale
+    names = {name for name, _ in module.named_modules()}
+    own = [(name, scale) for name, scale in (architecture.inspected.writers or {}).items() if name in names]
+    place = 1 if part == "mlp" else 2
+    return own[-place] if len(own) >= place else None
+
+
+@contextmanager
+def output_projections(
+    layer: nn.Module,
+    architecture: Architecture,
+    receive: Callable[[Part, Tensor], None],
+    parts: Sequence[Part] = PARTS,
+) -> Iterator[None]:
+    """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
+
+    The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
+    `[tokens, experts]`, what each expert adds.
+    """
+    with ExitStack() as stack:
+        for part in parts:
+            mixture, writer = architecture.is_mixture(part), writer_of(layer, part, architecture)
+
+            def hook(module: nn.Module, args: tuple[Any, ...], part: Part = part, mixture: bool = mixture) -> None:
+                receive(part, added_by_experts(module, *args, experts=architecture.n_experts) if mixture else args[0])
+
+            name = architecture.family.modules.experts if mixture else writer and writer[0]
+            if name is not None:
+                stack.callback(layer.get_submodule(name).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def added_by_experts(module: nn.Module, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, *, experts: int) -> Tensor:
+    """Sum of absolute values of what each expert adds at each token, `[N, experts]`; 0 where it is not chosen.
+
+    Args:
+        module: runs the experts on tokens `x_ND`, with the K that are chosen for each and their weights.
+    """
+    sizes = torch.zeros(x_ND.shape[0], experts, dtype=torch.float32, device=x_ND.device)
+    for expert in index_NK.unique().tolist():
+        rows, places = torch.where(index_NK == expert)
+        # Past the hooks: this is no forward of the layer.
+        out = module.forward(x_ND[rows], index_NK[rows, places][:, None], weight_NK[rows, places][:, None])
+        sizes[rows, expert] = out.abs().sum(dim=-1, dtype=torch.float32)
+    return sizes

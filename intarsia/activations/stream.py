@@ -19,11 +19,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from intarsia.activations.loss import Likeliest, next_token_losses
@@ -90,11 +91,20 @@ class State:
 
 
 LOGIT_BYTES = 128 * 1024**2
-_FIRST_LAYER: WeakKeyDictionary[PreTrainedModel, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
-"""Values that a model's layers return, 0 for a tensor, and the shape of the hidden states that they take, of one
-sequence of two tokens: looked at once, as a streamed model reads a layer for it."""
-_BY_TOKENS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-"""Whether what a model passes to its layers depends on the tokens, and not on their number alone."""
+
+
+class _Probed(NamedTuple):
+    """What running a model shows of its layers: looked at once, as a streamed model reads a layer for it."""
+
+    # Values that a layer returns, 0 for a tensor.
+    returns: int
+    # Of the hidden states that it takes, of one sequence of two tokens.
+    shape: tuple[int, ...]
+    # Whether what the model passes to its layers depends on the tokens, and not on their number alone.
+    by_tokens: bool = False
+
+
+_PROBED: WeakKeyDictionary[PreTrainedModel, _Probed] = WeakKeyDictionary()
 
 
 class _Seen(Exception):
@@ -110,7 +120,12 @@ class LayerCall:
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """The same on a device, floating-point tensors in another dtype if one is given."""
-        return LayerCall(args=_moved(self.args, device, dtype), kwargs=_moved(dict(self.kwargs), device, dtype))
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        args, kwargs = tree_map_only(Tensor, moved, (self.args, dict(self.kwargs)))
+        return LayerCall(args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +180,13 @@ class LayerStream:
         self._vocabulary = architecture.vocabulary
         embedding: nn.Module = model.get_submodule(architecture.embedding_in_memory)
         self.device = next(embedding.parameters()).device
-        if model not in _FIRST_LAYER:
-            _FIRST_LAYER[model] = probe(model, self._layers[0], self.device)
-        self._returns, shape = _FIRST_LAYER[model]
+        known = _PROBED.get(model)
+        self._returns, shape, self.by_tokens = known or _Probed(*probe(model, self._layers[0], self.device))
         self.state = State.of(shape, architecture.width, self._layers if architecture.removal_only else ())
-        if architecture.removal_only and model not in _BY_TOKENS:
-            _BY_TOKENS[model] = self._probe_tokens()
-        self.by_tokens = _BY_TOKENS.get(model, False)
         self._unpadded: dict[tuple[int, int], tuple[LayerCall, ...]] = {}
+        if known is None:
+            self.by_tokens = architecture.removal_only and self._probe_tokens()
+            _PROBED[model] = _Probed(self._returns, shape, self.by_tokens)
 
     def enter(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Entry:
         """Embed a batch.
@@ -180,13 +194,12 @@ class LayerStream:
         Args:
             mask_BT: True where a token is real; None where nothing is padded.
         """
-        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
-        return self.enter_with({"input_ids": ids_BT, "attention_mask": _as_attention(mask_BT), "use_cache": False})
+        return self.enter_with(self._inputs(ids_BT, mask_BT))
 
     def enter_with(self, inputs: Mapping[str, Any]) -> Entry:
         """Embed a batch given as the model's own keyword arguments, on its device."""
         with self._stand_ins() as stand_ins:
-            self._base()(**inputs)
+            self.model.base_model(**inputs)
         h_BTD = stand_ins[0].received
         assert h_BTD is not None
         calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)
@@ -223,10 +236,8 @@ class LayerStream:
 
     def logits(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """`[B, T, V]` logits from H^L, through the model's own final norm and head."""
-        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
         with self._stand_ins(inject=h_BTD.to(self.device)):
-            out = self.model(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
-        logits: Tensor = out.logits
+            logits: Tensor = self.model(**self._inputs(ids_BT, mask_BT)).logits
         return logits
 
     def losses(
@@ -254,9 +265,9 @@ class LayerStream:
             counts.append(number.cpu())
         return torch.cat(sums), torch.cat(counts)
 
-    def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, k: int) -> Likeliest:
-        """The `k` likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
-        found = [Likeliest.of(logits.flatten(0, 1), k) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
+    def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Likeliest:
+        """The likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
+        found = [Likeliest.of(logits.flatten(0, 1)) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
         return Likeliest(*(torch.cat(each).cpu().unflatten(0, ids_BT.shape) for each in zip(*found, strict=True)))
 
     def _logits_of(
@@ -272,19 +283,13 @@ class LayerStream:
 
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """H^L after the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
-        ids_BT, mask_BT = self._moved(ids_BT), self._moved(mask_BT)
         with self._stand_ins(inject=h_BTD.to(self.device)):
-            out = self._base()(input_ids=ids_BT, attention_mask=_as_attention(mask_BT), use_cache=False)
-        hidden: Tensor = out.last_hidden_state
+            hidden: Tensor = self.model.base_model(**self._inputs(ids_BT, mask_BT)).last_hidden_state
         return hidden
 
-    def _base(self) -> nn.Module:
-        base = self.model.base_model
-        assert isinstance(base, nn.Module)
-        return base
-
-    def _moved(self, tensor: Any) -> Any:
-        return None if tensor is None else tensor.to(self.device)
+    def _inputs(self, ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Any]:
+        mask = None if mask_BT is None else mask_BT.long().to(self.device)
+        return {"input_ids": ids_BT.to(self.device), "attention_mask": mask, "use_cache": False}
 
     @contextmanager
     def _stand_ins(self, inject: Tensor | None = None) -> Iterator[list[_StandIn]]:
@@ -302,12 +307,16 @@ class LayerStream:
     def _probe_tokens(self) -> bool:
         """Whether other tokens give the layers other arguments."""
         with torch.no_grad():
-            one, other = (self.enter(torch.full((1, 2), token), None).calls for token in (0, 1))
-        return not all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(one, other, strict=True))
+            calls = (self.enter(torch.full((1, 2), token), None).calls for token in (0, 1))
+        one, other = (
+            [each for each in tree_leaves([(c.args, dict(c.kwargs)) for c in of]) if isinstance(each, Tensor)]
+            for of in calls
+        )
+        return len(one) != len(other) or not all(map(torch.equal, one, other))
 
 
 def probe(model: PreTrainedModel, layer: nn.Module, device: torch.device) -> tuple[int, tuple[int, ...]]:
-    """What is known of layers from running the first one on two tokens; see `_FIRST_LAYER`."""
+    """What is known of layers from running the first one on two tokens; see `_Probed`."""
     seen: list[tuple[int, tuple[int, ...]]] = []
 
     def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -322,29 +331,3 @@ def probe(model: PreTrainedModel, layer: nn.Module, device: torch.device) -> tup
     finally:
         handle.remove()
     return seen[0]
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two arguments of a layer are equal, as far as tensors in them tell."""
-    if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
-    if isinstance(first, tuple | list):
-        return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    return True
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Arguments of a layer, with every tensor in them on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(entry, device, dtype) for entry in value)
-    if isinstance(value, dict):
-        return {key: _moved(entry, device, dtype) for key, entry in value.items()}
-    return value
-
-
-def _as_attention(mask_BT: Tensor | None) -> Tensor | None:
-    return None if mask_BT is None else mask_BT.long()

@@ -1,34 +1,24 @@
-"""From a `Merge` to the tensors of a layer: which operator works on which of them."""
+"""From an op to the tensors of an output layer, and from the tensors of files to the parameters in memory and back."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from intarsia.architecture.families import Stacked
 from intarsia.architecture.spec import PARTS, Architecture, Linear, Norm, Part
 from intarsia.building.operators import linear as weighted_sum
 from intarsia.building.operators import wide
-from intarsia.building.slicing import Joined, add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
+from intarsia.building.slicing import add_discarded, blocks, fold_centred_norm, fold_norm, join, positions, take
 from intarsia.recipe.methods import METHODS
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
 """Gives a source layer's tensor by its name inside the layer."""
-
-
-def merge_tensors(op: Merge, architecture: Architecture, read: Read) -> dict[str, Tensor]:
-    """Every tensor of the layer that a merge describes, by its name inside the layer, in its first source's dtype."""
-    parts = parts_of_tensors(architecture)
-    tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in architecture.layer_shapes()}
-    if op.scale != 1.0:
-        for part in PARTS:
-            scale_output(tensors, part, op.scale, architecture)
-    return tensors
 
 
 def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, architecture: Architecture) -> None:
@@ -90,9 +80,13 @@ def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, T
     """
     if isinstance(op, Select):
         return {name: read(op.source, name) for name in architecture.layer_shapes(op.source.layer)}
-    if isinstance(op, Merge):
-        return merge_tensors(op, architecture, read)
     tensors: dict[str, Tensor] = {}
+    if isinstance(op, Merge):
+        parts = parts_of_tensors(architecture)
+        tensors = {name: _mixed(op, op.mix(parts[name]), name, read) for name in architecture.layer_shapes()}
+        for part in PARTS if op.scale != 1.0 else ():
+            scale_output(tensors, part, op.scale, architecture)
+        return tensors
     for norm in architecture.norms:
         tensors.update(_norm_tensors(norm, op, architecture, read))
     for linear in architecture.linears:
@@ -147,24 +141,39 @@ def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read
     reads, axis = linear.side == "reads", linear.cut_axis
     cuts = [cut for cut in op.cuts if cut.pieces(linear.part)]
     wanted = [positions(architecture, linear, cut.pieces(linear.part)) for cut in cuts]
-    shape = architecture.layer_shapes()[f"{linear.module}.weight"]
-    weight, bias = Joined(shape, wanted, axis), Joined(shape[:1] if reads else shape[1:], wanted, 0)
-    for number, cut in enumerate(cuts):
-        source = read(cut.source, f"{linear.module}.weight")
-        # The bias of a writing layer belongs to no piece; it is averaged below.
-        offsets = read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None
-        fold = _fold(cut, linear, op, architecture, read)
-        for segment, where in enumerate(wanted[number]):
+    weights = [read(cut.source, f"{linear.module}.weight") for cut in cuts]
+    # The bias of a writing layer belongs to no piece; it is averaged below.
+    biases = [read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None for cut in cuts]
+    folds = [_fold(cut, linear, op, architecture, read) for cut in cuts]
+    weight = torch.empty(architecture.layer_shapes()[f"{linear.module}.weight"], dtype=_widest(weights))
+    bias = torch.empty(len(weight), dtype=_widest([each for each in biases if each is not None]))
+    start = 0
+    for segment in range(len(linear.segments)):
+        for where, source, offsets, fold in zip(
+            (each[segment] for each in wanted), weights, biases, folds, strict=True
+        ):
+            # Some rows at a time: nothing but the result is ever as large.
             for rows, taken in blocks(source, where, axis):
                 folded, entries = fold(taken, None if offsets is None else offsets[where[rows]])
-                weight.put(number, segment, rows, folded)
+                place = slice(start + rows.start, start + rows.stop)
+                if axis == 0:
+                    weight[place] = folded
+                else:
+                    weight[rows, start : start + len(where)] = folded
                 if entries is not None:
-                    bias.put(number, segment, rows, entries)
-    tensors = {f"{linear.module}.weight": weight.whole}
+                    bias[place] = entries
+            start += len(where)
+    assert start == weight.shape[axis], "pieces of all sources fill a tensor"
+    tensors = {f"{linear.module}.weight": weight}
     if linear.bias:
         name = f"{linear.module}.bias"
-        tensors[name] = bias.whole if reads else _average(name, linear, op, read)
+        tensors[name] = bias if reads else _average(name, linear, op, read)
     return tensors
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype that holds all of them, as `torch.cat` finds it."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors)) if tensors else None
 
 
 def _expert_tensors(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
@@ -219,102 +228,65 @@ def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read
 
 def parameter_name(local: str, architecture: Architecture) -> str:
     """The parameter in which a tensor of the files is in memory, both by names inside the layer."""
-    if architecture.inspected is not None:
-        return architecture.inspected.rows[local][0]
-    for stacked in architecture.family.stacked:
-        if local in _members(stacked, architecture):
-            return stacked.parameter
-    return _exchanged(local, architecture.family.renamed.items())
+    return _held(architecture)[0][local][0]
 
 
 def tensor_names(parameter: str, architecture: Architecture) -> tuple[str, ...]:
     """The tensors of the files that a parameter holds, in the order of its rows."""
-    if architecture.inspected is not None:
-        held = [(row, name) for name, (owner, row) in architecture.inspected.rows.items() if owner == parameter]
-        return tuple(name for _, name in sorted(held))
-    for stacked in architecture.family.stacked:
-        if stacked.parameter == parameter:
-            return tuple(_members(stacked, architecture))
-    return (_exchanged(parameter, ((memory, file) for file, memory in architecture.family.renamed.items())),)
+    rows = _held(architecture)[0]
+    return tuple(sorted((name for name in rows if rows[name][0] == parameter), key=lambda name: rows[name][1]))
 
 
 def parameter_names(architecture: Architecture) -> tuple[str, ...]:
     """Every parameter of a layer in memory, in the order of the files' tensors; of some layers, where they differ."""
-    if architecture.inspected is not None:
-        return tuple(dict.fromkeys(parameter for parameter, _ in architecture.inspected.rows.values()))
-    return tuple(dict.fromkeys(parameter_name(local, architecture) for local in _stems(architecture)))
+    return tuple(dict.fromkeys(parameter for parameter, _ in _held(architecture)[0].values()))
 
 
 def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """A layer's parameters in memory from its tensors in files; what is not stacked is the same tensor."""
-    found = dict(tensors)
-    if architecture.inspected is not None:
-        return _joined_rows(found, architecture)
-    for stacked in architecture.family.stacked if architecture.n_experts else ():
-        experts = [
-            torch.cat([found.pop(name.format(expert=expert)) for name in stacked.tensors])
-            for expert in range(architecture.n_experts)
-        ]
-        found[stacked.parameter] = torch.stack(experts)
-    return {_exchanged(name, architecture.family.renamed.items()): tensor for name, tensor in found.items()}
+    """A layer's parameters in memory from its tensors in files; one that holds a single tensor is that tensor."""
+    rows, stacks = _held(architecture)
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name in (name for name in tensors if name in rows):
+        parameter, start = rows[name]
+        parts.setdefault(parameter, {})[start] = tensors[name]
+    found = {
+        parameter: torch.cat([own[start] for start in sorted(own)]) if len(own) > 1 else own.popitem()[1]
+        for parameter, own in parts.items()
+    }
+    return {name: each.unflatten(0, (stacks[name], -1)) if name in stacks else each for name, each in found.items()}
 
 
 def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The way back: a layer's tensors as in files, from all of its parameters or some."""
-    if architecture.inspected is not None:
-        return _split_rows(parameters, architecture)
-    shapes = architecture.layer_shapes()
-    found: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        stacked = next((entry for entry in architecture.family.stacked if entry.parameter == name), None)
-        if stacked is None:
-            found[tensor_names(name, architecture)[0]] = parameter
-            continue
-        for expert in range(architecture.n_experts):
-            names = [part.format(expert=expert) for part in stacked.tensors]
-            sizes = [shapes[part][0] for part in names]
-            found |= zip(names, parameter[expert].split(sizes), strict=True)
-    return found
-
-
-def _joined_rows(tensors: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Parameters of a layer that can only be removed: where several tensors are rows of one, they are put together."""
-    found: dict[str, Tensor] = {}
-    assert architecture.inspected is not None
-    used = (name for name in tensors if name in architecture.inspected.rows)
-    for parameter in dict.fromkeys(parameter_name(name, architecture) for name in used):
-        parts = [tensors[name] for name in tensor_names(parameter, architecture) if name in tensors]
-        stacks = architecture.inspected.stacks.get(parameter, 0)
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        found[parameter] = joined.unflatten(0, (stacks, -1)) if stacks else joined
-    return found
-
-
-def _split_rows(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The way back from `_joined_rows`."""
-    assert architecture.inspected is not None
+    rows, stacks = _held(architecture)
     found: dict[str, Tensor] = {}
     for parameter, tensor in parameters.items():
         names = tensor_names(parameter, architecture)
-        starts = [architecture.inspected.rows[name][1] for name in names]
-        flat = tensor.flatten(0, 1) if parameter in architecture.inspected.stacks else tensor
-        stops = [*starts[1:], len(flat)]
-        found |= {name: flat[start:stop] for name, start, stop in zip(names, starts, stops, strict=True)}
+        flat = tensor.flatten(0, 1) if parameter in stacks else tensor
+        starts = [rows[name][1] for name in names[1:]]
+        found |= zip(names, flat.tensor_split(starts) if starts else (flat,), strict=True)
     return found
 
 
-def _members(stacked: Stacked, architecture: Architecture) -> list[str]:
-    return [name.format(expert=expert) for expert in range(architecture.n_experts) for name in stacked.tensors]
+def _held(architecture: Architecture) -> tuple[Mapping[str, tuple[str, int]], Mapping[str, int]]:
+    """For each tensor of a layer's files the parameter that holds it, and its first row there; and how many matrices
+    lie in a parameter of three dimensions."""
+    if architecture.inspected is not None:
+        return architecture.inspected.rows, architecture.inspected.stacks
+    shapes, family, stacks = architecture.layer_shapes(), architecture.family, dict[str, int]()
+    rows = {name: (_renamed(name, family.renamed), 0) for name in shapes}
+    for stacked in family.stacked if architecture.n_experts else ():
+        stacks[stacked.parameter], start = architecture.n_experts, 0
+        for name in (
+            each.format(expert=expert) for expert in range(architecture.n_experts) for each in stacked.tensors
+        ):
+            rows[name] = stacked.parameter, start
+            start += shapes[name][0]
+    return rows, stacks
 
 
-def _stems(architecture: Architecture) -> Iterable[str]:
-    """Names of tensors, of the experts only the first one's: all of them are in the same parameters."""
-    others = {module for linear in architecture.linears for module in architecture.modules(linear)[1:]}
-    return (name for name in architecture.layer_shapes() if name.rpartition(".")[0] not in others)
-
-
-def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    for prefix, other in prefixes:
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for prefix, other in prefixes.items():
         if name == prefix or name.startswith(f"{prefix}."):
             return other + name[len(prefix) :]
     return name

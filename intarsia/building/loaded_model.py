@@ -1,11 +1,10 @@
-"""A recipe's model in memory, sharing every layer that does not change.
+"""A checkpoint as a `transformers` model, and a recipe's layers beside it, sharing every layer that does not change.
 
 The original model is loaded once. A selected layer is the original module itself; a concatenated or merged one is a
 new module whose tensors come from the same function that builds to disk, read from the checkpoint's files.
 
 A model that is streamed is the same with layers at rest (`intarsia.building.offload`): embedding, final norm and head
-stay in memory, and a layer has values only while it is awake. Whoever works with layers wakes them, one at a time; for
-a model that is in memory as a whole that does nothing.
+stay in memory, and a layer has values only while it is awake. Whoever works with layers wakes them, one at a time.
 """
 
 from __future__ import annotations
@@ -13,24 +12,128 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from intarsia.building.layer import layer_tensors, to_parameters
-from intarsia.building.loading import as_transformers, set_parameter, skeleton
-from intarsia.building.offload import Offload, place_layers
+from intarsia.building.offload import Offload, place_layers, set_parameter
+from intarsia.checkpoint import files
 from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import quiet_transformers
-from intarsia.recipe.recipe import LayerRef, Op, Select
+from intarsia.recipe.recipe import Fitted, LayerRef, Op, Recipe, Select
 from intarsia.recipe.schema import let_go
+
+
+@contextmanager
+def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises for a config or weights that it does not take into a user's error.
+
+    Raises:
+        UserError: with its reason.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # which one differs from class to class
+        if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(
+            f"transformers {version('transformers')} does not load {checkpoint.folder}: {reason}.",
+            "Correct its config.json, or use the version of transformers that it was made for.",
+        ) from error
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Check that transformers takes the configs and finds all that is outside the layers; no weight is loaded.
+
+    Raises:
+        UserError: it does not; see `refusals_named`.
+    """
+    with refusals_named(checkpoint), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock_config(checkpoint), trust_remote_code=False)
+        if (checkpoint.folder / "generation_config.json").is_file():
+            generation: Any = GenerationConfig.from_pretrained(checkpoint.folder)
+            generation.validate()
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                ids = getattr(generation, name, None)
+                if any(type(each) is not int for each in (ids if isinstance(ids, list) else [ids]) if each is not None):
+                    raise ValueError(f"{name} of generation_config.json is {ids!r}")
+    held = {checkpoint.architecture.in_memory(name) for name in checkpoint.outside_names()}
+    _check(checkpoint, (name for name, _ in model.named_parameters() if name not in held))
+
+
+def stock_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The config object of the checkpoint's model."""
+    with refusals_named(checkpoint):
+        if checkpoint.as_stored:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device."""
+    from accelerate import init_empty_weights
+
+    with refusals_named(checkpoint), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(stock_config(checkpoint), dtype=dtype, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
+    architecture = checkpoint.architecture
+    for stored in checkpoint.outside_names():
+        name = architecture.in_memory(stored)
+        if name in parameters:
+            value = checkpoint.tensor(stored).to(device=device, dtype=dtype)
+            set_parameter(model, name, value)
+        elif name in buffers:
+            buffers[name].copy_(checkpoint.tensor(stored))
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
+    model.tie_weights()
+    _check(checkpoint, (name for name, parameter in model.named_parameters() if parameter.is_meta))
+    for name in (architecture.embedding_in_memory, architecture.family.head_in_memory):
+        model.get_submodule(name).register_forward_hook(_let_go)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _let_go(module: nn.Module, args: Any, output: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        files.let_go(parameter)
+
+
+def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks one of the parameters outside the layers."""
+    layers = f"{checkpoint.architecture.layers_in_memory}."
+    Problems(
+        Problem(f"{checkpoint.folder} has no tensor {name}, and the model has this parameter.", "Get it again.")
+        for name in absent
+        if not name.startswith(layers)
+    ).raise_any(most=5)
+
 
 _ALIGNED = 64  # bytes
 
@@ -43,15 +146,29 @@ def default_device() -> torch.device:
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The checkpoint as a transformers model in evaluation mode, on `device`.
 
+    A text model inside a multimodal one, or weights of 8 bits, are handed over tensor by tensor.
+
     Args:
         dtype: defaults to the dtype of the embedding in the file (nothing is converted).
     """
-    stored = checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
-    with quiet_transformers():
-        model = as_transformers(checkpoint, dtype or stored)
+    dtype = dtype or _stored_dtype(checkpoint)
+    with quiet_transformers(), refusals_named(checkpoint):
+        if checkpoint.as_stored:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False)
+        else:
+            config, classes = stock_config(checkpoint), cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)
+            tensors = {name: checkpoint.tensor(name) for name in checkpoint.headers}
+            model = classes[type(config)].from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+            if (checkpoint.folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    assert isinstance(model, PreTrainedModel)
     model.requires_grad_(False)
     nn.Module.to(model, device)
     return model.eval()
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
 
 
 class LoadedModel:
@@ -86,8 +203,7 @@ class LoadedModel:
         self.device = device
         self.offload = Offload(device) if stream else None
         if stream:
-            stored = checkpoint.headers[f"{self.architecture.family.embedding_module}.weight"].dtype
-            self.model = skeleton(checkpoint, device=device, dtype=dtype or stored)
+            self.model = skeleton(checkpoint, device=device, dtype=dtype or _stored_dtype(checkpoint))
         else:
             start = torch.device("cpu") if len(devices) > 1 else device
             self.model = load_model(checkpoint, device=start, dtype=dtype)
@@ -95,7 +211,10 @@ class LoadedModel:
         assert isinstance(layers, nn.ModuleList)
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
-            place_layers(self.model, self.layers, devices)
+            self.model.set_submodule(self.architecture.layers_in_memory, nn.ModuleList())
+            nn.Module.to(self.model, device)
+            place_layers(self.layers, sum(parameter.nbytes for parameter in self.model.parameters()), devices)
+            self.model.set_submodule(self.architecture.layers_in_memory, layers)
         if self.offload is not None:
             for index, layer in enumerate(self.layers):
                 op = Select(source=LayerRef(variant="", layer=index))
@@ -185,3 +304,78 @@ def twin(module: nn.Module) -> nn.Module:
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
             shared[id(hooks)] = OrderedDict()
     return copy.deepcopy(module, memo=shared)
+
+
+Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
+"""What is fitted on a layer, by name inside it."""
+
+Layer: TypeAlias = tuple[Op, Tensors | None]
+
+
+class Placed(NamedTuple):
+    """A layer's module, and the original layer whose other arguments (masks, positions) it takes."""
+
+    module: nn.Module
+    source: int
+
+
+class RecipeLayers:
+    """Layers that can be exchanged.
+
+    Attributes:
+        ops: what each layer is made of.
+        fitted: what is fitted on each layer, or None.
+        modules: the layers' modules.
+    """
+
+    def __init__(self, resident: LoadedModel, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
+        """
+        Args:
+            fitted: tensors that replace layers' own, by layer.
+        """
+        self.resident = resident
+        self.architecture = resident.architecture
+        self.become(ops, fitted)
+
+    @classmethod
+    def of(cls, recipe: Recipe, resident: LoadedModel) -> RecipeLayers:
+        """The layers of a recipe."""
+        return RecipeLayers(resident, recipe.layers, recipe.fitted)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.ops)
+
+    def placed(self, start: int = 0, stop: int | None = None) -> list[Placed]:
+        """Layers `start` .. `stop - 1` (default: to the last), to be run."""
+        layers = zip(self.modules[start:stop], self.ops[start:stop], strict=True)
+        return [Placed(module, op.sources[0].layer) for module, op in layers]
+
+    def become(self, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
+        """Be made of other layers from now on."""
+        self.ops = list(ops)
+        self.fitted: list[Tensors | None] = [(fitted or {}).get(index) or None for index in range(len(ops))]
+        self.modules = [self.resident.module(op, own) for op, own in zip(self.ops, self.fitted, strict=True)]
+
+    def exchange(self, start: int, count: int, ops: Sequence[Op]) -> None:
+        """Put `ops` in the place of `count` layers."""
+        self.ops[start : start + count] = ops
+        self.fitted[start : start + count] = [None] * len(ops)
+        self.modules[start : start + count] = [self.resident.module(op) for op in ops]
+
+    def fit(self, index: int, fitted: Tensors | None, module: nn.Module | None = None) -> None:
+        """Have these tensors, or none, on a layer (`module` with them, where there is one)."""
+        if fitted is not self.fitted[index]:
+            self.fitted[index] = fitted
+            # An offloaded module takes no memory, which one with values does.
+            keep = module if not self.resident.streams else None
+            self.modules[index] = keep or self.resident.module(self.ops[index], fitted)
+
+
+def is_whole(layers: Sequence[Layer], n_layers: int) -> bool:
+    """Whether these are all layers of the original, in order, as they were."""
+    return len(layers) == n_layers and all(
+        isinstance(op, Select) and op.source.layer == index and fitted is None
+        for index, (op, fitted) in enumerate(layers)
+    )

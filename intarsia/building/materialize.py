@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from intarsia.building.layer import layer_tensors
-from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.building.loading import check_config, set_parameter
+from intarsia.building.loaded_model import LoadedModel, check_config, twin
+from intarsia.building.offload import set_parameter
 from intarsia.checkpoint.files import TensorPlan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import checkpoint_writer, copy_side_files, shallower_config, write_config

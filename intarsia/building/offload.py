@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from intarsia.building.loading import set_parameter
 from intarsia.checkpoint.files import give_back
 from intarsia.recipe.recipe import Op
 
@@ -32,8 +32,10 @@ class _Rest:
     op: Op
     read: Callable[[], Values]
     empty: Mapping[str, nn.Parameter]
+    # Blocks and forwards under way that need the values.
     users: int = 0
-    runs: list[Any] = field(default_factory=list)
+    # The values, where they are read ahead.
+    coming: Future[Values] | None = None
 
 
 class Offload:
@@ -46,32 +48,28 @@ class Offload:
 
     def __init__(self, device: torch.device) -> None:
         self.reads: Counter[Op] = Counter()
-        self.most = 0
+        self.in_memory = self.most = 0
         self._device = device
         self._known: WeakKeyDictionary[nn.Module, _Rest] = WeakKeyDictionary()
-        self._thread: ThreadPoolExecutor | None = None
+        # Always in the thread: what is made under `inference_mode` could take no part in a gradient.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="intarsia-read")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
-        self.in_memory = 0
 
     def put(self, module: nn.Module, op: Op, read: Callable[[], Values]) -> None:
         """Take a layer, whose parameters have no values, into keeping; `read` gives them."""
         self._known[module] = _Rest(op=op, read=read, empty=dict(module.named_parameters()))
-        module.register_forward_pre_hook(self._before_run)
-        module.register_forward_hook(self._after_run, always_call=True)
+        module.register_forward_pre_hook(lambda module, args: self._wake(module))
+        module.register_forward_hook(lambda module, args, output: self._sleep(module), always_call=True)
 
     @contextmanager
     def awake(self, module: nn.Module) -> Iterator[nn.Module]:
         """The layer, with its values while the block runs."""
-        rest = self._known.get(module)
-        if rest is None:  # it has values of its own
-            yield module
-            return
-        self._wake(module, rest, None)
+        self._wake(module)
         try:
             yield module
         finally:
-            self._sleep(module, rest)
+            self._sleep(module)
 
     def walk(self, modules: Iterable[nn.Module], *, ahead: bool = True) -> Iterator[nn.Module]:
         """One layer after the other, each with its values until the next is asked for.
@@ -80,66 +78,43 @@ class Offload:
             ahead: read the next one meanwhile; not where work on a layer takes long, and its memory.
         """
         path = list(modules)
-        coming: Future[Values] | None = None
+        following: _Rest | None = None
         try:
             for index, module in enumerate(path):
-                rest, read = self._known.get(module), coming
-                coming = None
-                if rest is not None:
-                    self._wake(module, rest, read)
-                del read
-                try:
-                    following = self._known.get(path[index + 1]) if index + 1 < len(path) else None
-                    if ahead and following is not None and not following.users:
-                        coming = self._submit(following)
+                with self.awake(module):
+                    following = self._known.get(path[index + 1]) if ahead and index + 1 < len(path) else None
+                    if following is not None and not following.users and following.coming is None:
+                        following.coming = self._thread.submit(self._read, following)
                     yield module
-                finally:
-                    if rest is not None:
-                        self._sleep(module, rest)
         finally:
-            if coming is not None:
+            if following is not None and following.coming is not None:
                 with suppress(Exception):  # nobody asks for it any more
-                    coming.result()
+                    following.coming.result()
                     self._count(-1)
+                following.coming = None
 
-    def _wake(self, module: nn.Module, rest: _Rest, ahead: Future[Values] | None) -> None:
+    def _wake(self, module: nn.Module) -> None:
+        rest = self._known.get(module)
+        if rest is None:  # it has values of its own
+            return
         if not rest.users:
-            values = (ahead or self._submit(rest)).result()
-            for name, value in values.items():
+            coming, rest.coming = rest.coming or self._thread.submit(self._read, rest), None
+            for name, value in coming.result().items():
                 if value.is_cuda:  # made on another stream: not to be reused before this one is done with it
                     value.record_stream(torch.cuda.current_stream(value.device))
                 set_parameter(module, name, value)
-        elif ahead is not None:
-            ahead.result()
-            self._count(-1)
         rest.users += 1
 
-    def _sleep(self, module: nn.Module, rest: _Rest) -> None:
+    def _sleep(self, module: nn.Module) -> None:
+        rest = self._known.get(module)
+        if rest is None or not rest.users:  # it could not be read
+            return
         rest.users -= 1
         if not rest.users:
             for name, parameter in rest.empty.items():
                 set_parameter(module, name, parameter)
             self._count(-1)
             give_back()
-
-    def _before_run(self, module: nn.Module, args: Any) -> None:
-        rest = self._known.get(module)
-        if rest is not None:
-            rest.runs.append(None if rest.users else self.awake(module))
-            if rest.runs[-1] is not None:
-                rest.runs[-1].__enter__()
-
-    def _after_run(self, module: nn.Module, args: Any, output: Any) -> None:
-        rest = self._known.get(module)
-        awake = rest.runs.pop() if rest is not None and rest.runs else None
-        if awake is not None:
-            awake.__exit__(None, None, None)
-
-    def _submit(self, rest: _Rest) -> Future[Values]:
-        # Always in the thread: what is made under `inference_mode` could take no part in a gradient.
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="intarsia-read")
-        return self._thread.submit(self._read, rest)
 
     def _read(self, rest: _Rest) -> Values:
         self._count(+1)
@@ -177,38 +152,26 @@ def _touch(value: Tensor) -> None:
 _SHARE_OF_FREE = 0.8  # the rest is for hidden states and logits
 
 
-def place_layers(model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device]) -> list[torch.device]:
-    """Move a model, and give each layer its device.
+def place_layers(layers: Sequence[nn.Module], outside: int, devices: Sequence[torch.device]) -> None:
+    """Lay a model's layers over devices, in blocks as their free memory allows.
 
-    Returns:
-        The device of every layer, in order.
+    Args:
+        outside: bytes of the rest of the model, which the first device has.
     """
     sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers]
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     free = [free_bytes(device) * _SHARE_OF_FREE for device in devices]
     free[0] -= outside
-    found = [devices[block] for block in blocks(sizes, free)]
-    layered = {id(module) for layer in layers for module in layer.modules()}
-    for part in model.modules():
-        if id(part) not in layered:
-            _move_own(part, devices[0])
-    for layer, device in zip(layers, found, strict=True):
-        nn.Module.to(layer, device)
-    return found
+    for layer, block in zip(layers, blocks(sizes, free), strict=True):
+        nn.Module.to(layer, devices[block])
 
 
 def blocks(sizes: Sequence[int], free: Sequence[float]) -> list[int]:
-    """Which block each layer belongs to: in order, each block's share of the bytes that of its room."""
-    memory_budget = [max(share, 0.0) for share in free]
-    memory_budget = memory_budget if sum(memory_budget) > 0 else [1.0] * len(free)
-    ends = [sum(sizes) * sum(memory_budget[: index + 1]) / sum(memory_budget) for index in range(len(memory_budget))]
-    found, before = [], 0.0
-    for size in sizes:
-        middle = before + size / 2
-        found.append(next((index for index, end in enumerate(ends) if middle <= end), len(memory_budget) - 1))
-        before += size
-    return found
+    """Which block each layer belongs to: in order, each block's share of the bytes that of its free memory."""
+    room = [max(share, 0.0) for share in free]
+    room = room if any(room) else [1.0] * len(free)
+    ends = [sum(sizes) * end / sum(room) for end in accumulate(room)]
+    middles = (end - size / 2 for size, end in zip(sizes, accumulate(sizes), strict=True))
+    return [next((index for index, end in enumerate(ends) if middle <= end), len(ends) - 1) for middle in middles]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -216,11 +179,8 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _move_own(module: nn.Module, device: torch.device) -> None:
-    """Move what a module has itself, not what its parts have."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.device != device:
-            parameter.data = parameter.data.to(device)  # in place: a tied head stays tied
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.to(device)
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, without gradient; a parameter stays the same object."""
+    owner, _, attribute = name.rpartition(".")
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    setattr(module.get_submodule(owner), attribute, parameter)

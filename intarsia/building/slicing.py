@@ -60,43 +60,6 @@ def blocks(tensor: Tensor, where: Tensor, axis: int) -> Iterator[tuple[slice, Te
         yield rows, tensor.index_select(0, where[rows]) if axis == 0 else tensor[rows].index_select(1, where)
 
 
-class Joined:
-    """What `join` gives, put down block by block: nothing but the result is ever as large."""
-
-    def __init__(self, shape: Sequence[int], wanted: Sequence[Sequence[Tensor]], axis: int) -> None:
-        """
-        Args:
-            wanted: for each source its positions, segment by segment.
-        """
-        self._shape, self._axis = tuple(shape), axis
-        self._whole: Tensor | None = None
-        self._starts: dict[tuple[int, int], int] = {}
-        self._lengths = {(n, s): len(where) for n, segments in enumerate(wanted) for s, where in enumerate(segments)}
-        start = 0
-        for key in sorted(self._lengths, key=lambda key: (key[1], key[0])):
-            self._starts[key] = start
-            start += self._lengths[key]
-        assert start == self._shape[axis], "pieces of all sources fill a tensor"
-
-    def put(self, source: int, segment: int, rows: slice, values: Tensor) -> None:
-        """Rows of a source's segment, as `blocks` numbers them."""
-        if self._whole is None:
-            self._whole = torch.empty(self._shape, dtype=values.dtype, device=values.device)
-        elif self._whole.dtype != values.dtype:  # as `torch.cat` does
-            self._whole = self._whole.to(torch.promote_types(self._whole.dtype, values.dtype))
-        start, length = self._starts[source, segment], self._lengths[source, segment]
-        if self._axis == 0:
-            self._whole[start + rows.start : start + rows.stop] = values
-        else:
-            self._whole[rows, start : start + length] = values
-
-    @property
-    def whole(self) -> Tensor:
-        """All of it, when everything was put."""
-        assert self._whole is not None
-        return self._whole
-
-
 def fold_norm(
     weight_OI: Tensor, bias_O: Tensor | None, scale_I: Tensor | None, shift_I: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

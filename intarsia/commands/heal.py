@@ -133,14 +133,14 @@ def heal(
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.healing import launch
+    from intarsia.healing import training
     from intarsia.healing.blend import forget
     from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
     from intarsia.recipe import schema
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
-    main, run = launch.rank() == 0, RunDir(out.run_path)
+    main, run = training.rank() == 0, RunDir(out.run_path)
 
     # Input: everything that can be wrong is found before any work.
     chosen = heal_stages.choose_all(stages)
@@ -170,13 +170,13 @@ def heal(
         "data": list(text.sources),
         "eval_text": list(evaluation.text),
         "eval_windows": evaluation.windows,
-        "processes": launch.world_size(),
+        "processes": training.world_size(),
         "stages": [each.name for each in chosen],
         **{each.name: {key: value for key, value in pinned(each).items() if key != "name"} for each in chosen},
     }
 
     # The run folder. With several processes the first one writes what the others find there and in caches.
-    wait = launch.barrier(subject.placement.device)
+    wait = training.barrier(subject.placement.device)
     with ExitStack() as opened:
         if main:
             run.check(settings)
@@ -266,13 +266,13 @@ class Subject:
         from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
         from intarsia.commands.recipes import open_variants
-        from intarsia.healing import launch
-        from intarsia.healing.layer_map import check_teacher
+        from intarsia.healing import training
+        from intarsia.healing.teacher import check_teacher
 
         self.recipe, self.text, self._run = recipe, text, run
         self.written: Corpus | None = None
         placed = Placement.of(runtime)
-        self.placement = replace(placed, devices=(launch.own_device(placed.device), *placed.devices[1:]))
+        self.placement = replace(placed, devices=(training.own_device(placed.device), *placed.devices[1:]))
         self.variants = {name: verified(each) for name, each in open_variants(recipe).items()}
         self.base, self._blended = self.variants[recipe.base], len(self.variants) > 1
         self.teacher = None if teacher is None else open_checkpoint(teacher)

@@ -24,8 +24,7 @@ import torch
 from intarsia import __version__
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import LoadedModel, default_device
-from intarsia.building.loading import check_config
+from intarsia.building.loaded_model import LoadedModel, check_config, default_device
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint

@@ -15,8 +15,8 @@ from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
+from intarsia.healing.closed_form import Start
 from intarsia.healing.pipeline import HealContext, Healed, run_stages
-from intarsia.healing.restarts import Start
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.model_name import lasting
 from intarsia.options import Target

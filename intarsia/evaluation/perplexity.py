@@ -18,9 +18,8 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import End, Loop, Path
 from intarsia.activations.loss import next_token_losses
 from intarsia.activations.stream import LayerStream
-from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.loaded_model import LoadedModel, RecipeLayers
 from intarsia.building.materialize import assembled
-from intarsia.building.recipe_layers import RecipeLayers
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.sources import documents
 from intarsia.errors import UserError

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from intarsia.building.loading import stock_config
+from intarsia.building.loaded_model import stock_config
 from intarsia.checkpoint.gguf_source import divisors, need_gguf
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import read_json, replaced

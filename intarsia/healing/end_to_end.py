@@ -23,8 +23,7 @@ from torch import Tensor
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
-from intarsia.healing.launch import accelerator as make_accelerator
-from intarsia.healing.layer_map import changed_layers
+from intarsia.healing.settings import changed_layers
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
@@ -38,6 +37,7 @@ from intarsia.healing.training import (
     save_state,
     schedule_of,
 )
+from intarsia.healing.training import accelerator as make_accelerator
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe
 

@@ -24,12 +24,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from intarsia.activations.hooks import writer_of
 from intarsia.activations.loop import Loop, Read
+from intarsia.activations.statistics import writer_of
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.building.layer import tensor_names
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import Placed
 from intarsia.checkpoint.files import give_back
+from intarsia.healing.losses import token_weights
 from intarsia.healing.ridge import Fit, Gram, choose, require_finite
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.schema import spooled
@@ -213,8 +214,8 @@ class LayerText:
     targets: Read
     # The original layer whose other arguments it takes.
     source: int
-    # The sequences that may be used.
-    sequences: Sequence[slice] = (slice(None),)
+    # The sequences that are used.
+    sequences: slice
 
 
 def fittable(parts: Sequence[Part], architecture: Architecture) -> tuple[Part, ...]:
@@ -340,13 +341,14 @@ class PartFit:
         for passed in text.loop.outputs(layer, text.inputs, sequences=text.sequences, inputs=(self.part,)):
             residual, x_BTC = text.loop.stream.residual, passed.inputs[self.part]
             wanted_BTD = residual(text.targets(passed.rows)).float()
+            weight_BT = token_weights(wanted_BTD.square().sum(dim=-1), passed.mask, self.settings.weighting)
             missing_BTD = wanted_BTD - residual(passed.after).float()
             held_B = torch.arange(passed.rows.start, passed.rows.stop) % self.settings.held_out == 0
             yield FitTokens(
                 projection=self.target,
                 x_NC=x_BTC.reshape(-1, x_BTC.shape[-1]),
                 missing_ND=missing_BTD.reshape(-1, missing_BTD.shape[-1]),
-                weight_N=_weights(wanted_BTD, passed.mask, self.settings.weighting).reshape(-1),
+                weight_N=weight_BT.reshape(-1),
                 held_N=held_B[:, None].expand(passed.ids.shape).reshape(-1).to(wanted_BTD.device),
             )
 
@@ -364,12 +366,3 @@ def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:
         return weight.float().cpu().numpy()
     rows = (part.float().cpu().numpy() for part in weight.split(_ROWS))
     return spooled(rows, tuple(weight.shape), spool)
-
-
-def _weights(wanted_BTD: Tensor, mask: Tensor | None, weighting: str) -> Tensor:
-    """What each token counts, `[B, T]`."""
-    if weighting == "relative":
-        weight_BT = wanted_BTD.square().sum(dim=-1).clamp_min(1e-12).reciprocal()
-    else:
-        weight_BT = torch.ones(wanted_BTD.shape[:2], device=wanted_BTD.device)
-    return weight_BT if mask is None else weight_BT * mask

@@ -34,13 +34,12 @@ from intarsia.activations.hidden_store import PREFIX, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.activations.stream import LayerCall
 from intarsia.building.layer import parameter_names, to_tensors
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.data.corpus import Corpus
 from intarsia.disk import require_room
 from intarsia.errors import UserError
-from intarsia.healing.layer_map import taught
 from intarsia.healing.losses import hidden_loss
+from intarsia.healing.settings import taught
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.healing.training import Standing, Text, load_state, save_state, schedule_of
@@ -85,20 +84,11 @@ class Trained(NamedTuple):
 
 def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
     """Train one layer, or continue where a killed run saved its state."""
-    done = finished(task.folder, task.index)
-    if done is not None:
-        return done
     found = _Training(task).run(after_step)
     if task.folder is not None:
         save_state(_state_path(task.folder, task.index, "done"), found.tensors, found.report)
         _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
     return found
-
-
-def finished(folder: Path | None, index: int) -> Trained | None:
-    """What an earlier run has finished of a layer."""
-    found = None if folder is None else load_state(_state_path(folder, index, "done"))
-    return None if found is None else Trained(*found)
 
 
 def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
@@ -122,17 +112,12 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
 
 class _Training:
     def __init__(self, task: LayerTask) -> None:
-        self.task, self.settings, self.device = task, task.settings, task.device
-        self.module = task.module.to(self.device).eval().requires_grad_(False)
+        self.task, self.settings = task, task.settings
+        self.module = task.module.to(task.device).eval().requires_grad_(False)
         parameters = dict(self.module.named_parameters())
-        self.used = {name: parameters[name].requires_grad_(True) for name in task.names}
-        self.dtype = next(iter(self.used.values())).dtype
-        # A float32 layer is its own master copy.
-        self.master = {
-            name: parameter if self.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
-            for name, parameter in self.used.items()
-        }
-        self.calls = {size: call.on(self.device, self.dtype) for size, call in task.calls.items()}
+        self.dtype = parameters[task.names[0]].dtype
+        self.master = {name: nn.Parameter(parameters[name].detach().float()) for name in task.names}
+        self.calls = {size: call.on(task.device, self.dtype) for size, call in task.calls.items()}
         self.optimiser = torch.optim.AdamW(
             self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
@@ -159,34 +144,33 @@ class _Training:
                 after_step(standing, loss)
             if schedule.is_measured_after(standing.next - 1):
                 if standing.measured(self._held_out_loss(), schedule):
-                    # On the CPU and float32 as it is, this would otherwise be the parameter itself.
+                    # On the CPU this would otherwise be the parameter itself.
                     self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
                 standing.seconds = time.perf_counter() - started
                 self._save()
         report = standing.report(schedule.batch * self.task.text.seq_len)
         return Trained(tensors=self.best, report={"layer": self.task.index, **report})
 
+    @torch.no_grad()
     def _held_out_loss(self) -> float:
         """Mean loss of the held-out sequences, each counting the same."""
         text, sums = self.task.text, []
-        with torch.no_grad():
-            for start in range(text.train, len(text.ids_NT), self.schedule.batch):
-                rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
-                sums.append(float(self._loss(rows)) * len(rows))
+        for start in range(text.train, len(text.ids_NT), self.schedule.batch):
+            rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
+            sums.append(float(self._loss(rows)) * len(rows))
         return math.fsum(sums) / text.held_out
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
-        h_BTD = self.task.inputs(rows).to(self.device, self.dtype)
-        wanted_BTD = self.task.targets(rows).to(self.device)
-        text = self.task.text
-        mask_NT = text.mask_NT if text.counted_NT is None else text.counted_NT
-        mask_BT = None if mask_NT is None else mask_NT[list(rows)].to(self.device)
-        call, settings = self.calls[len(rows)], self.settings
-        out = self.module(h_BTD, *call.args, **call.kwargs)
+        task, call, settings = self.task, self.calls[len(rows)], self.settings
+        h_BTD = task.inputs(rows).to(task.device, self.dtype)
+        mask_NT = task.text.mask_NT if task.text.counted_NT is None else task.text.counted_NT
+        # The layer computes with the master copy, rounded.
+        rounded = {name: tensor.to(self.dtype) for name, tensor in self.master.items()}
+        out = torch.func.functional_call(self.module, rounded, (h_BTD, *call.args), dict(call.kwargs))
         return hidden_loss(
-            wanted_BTD,
+            task.targets(rows).to(task.device),
             out[0] if isinstance(out, tuple) else out,
-            mask_BT,
+            None if mask_NT is None else mask_NT[list(rows)].to(task.device),
             kl=settings.kl,
             mse=settings.mse,
             cosine=settings.cosine,
@@ -195,12 +179,9 @@ class _Training:
 
     def _step(self, step: int) -> float:
         """One step; its loss, infinite where the gradient is not finite (nothing is changed then)."""
+        self.optimiser.zero_grad(set_to_none=True)
         loss = self._loss(self.schedule.rows(step))
         loss.backward()
-        if self.dtype != torch.float32:
-            for name, parameter in self.used.items():
-                self.master[name].grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
         norm = nn.utils.clip_grad_norm_(self.master.values(), self.settings.clip)
         found = float(loss.detach())
         if not math.isfinite(float(norm)) or not math.isfinite(found):
@@ -208,40 +189,27 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.lr(step)
         self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self._publish()
         return found
-
-    def _publish(self) -> None:
-        """The layer computes with the master copy, rounded."""
-        if self.dtype != torch.float32:
-            with torch.no_grad():
-                for name, parameter in self.used.items():
-                    parameter.copy_(self.master[name])
 
     def _save(self) -> None:
         if self.task.folder is None:
             return
         tensors = {f"master.{name}": tensor.detach().cpu() for name, tensor in self.master.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.master.items():
-            state = self.optimiser.state.get(parameter, {})
-            tensors |= {f"adam.{key}.{name}": torch.as_tensor(value).cpu() for key, value in state.items()}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{key}": torch.as_tensor(value).cpu() for key, value in state.items()}
         save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, asdict(self.standing))
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.master.items():
-            with torch.no_grad():
+        with torch.no_grad():
+            for name, parameter in self.master.items():
                 parameter.copy_(tensors[f"master.{name}"])
-            keys = {key.split(".")[1] for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")}
-            if keys:
-                self.optimiser.state[parameter] = {
-                    # AdamW keeps its step count on the CPU.
-                    key: tensors[f"adam.{key}.{name}"].to("cpu" if key == "step" else self.device)
-                    for key in keys
-                }
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in (name for name in tensors if name.startswith("adam.")):
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensors[name]
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.best = {key.removeprefix("best."): tensor for key, tensor in tensors.items() if key.startswith("best.")}
-        self._publish()
 
 
 def _state_path(folder: Path, index: int, kind: str) -> Path:
@@ -272,6 +240,7 @@ def train(
         UserError: there is too little text, the disk is full, or numbers are not finite.
     """
     settings = settings or LayerwiseSettings()
+    indices, found = taught(recipe, settings.layers), dict[int, Trained]()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
@@ -279,8 +248,9 @@ def train(
         # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
-    indices = taught(recipe, settings.layers)
-    found = {index: done for index in indices if (done := finished(folder, index)) is not None}
+        for index in indices:
+            if (done := load_state(_state_path(folder, index, "done"))) is not None:
+                found[index] = Trained(*done)
     todo = [index for index in indices if index not in found]
     work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
@@ -366,6 +336,12 @@ class _Work:
 
     def task(self, index: int) -> LayerTask:
         """The training of a layer that was reached."""
+        if self.loop.stream.by_tokens or self.loop.stream.state.size > self.resident.architecture.width:
+            raise UserError(
+                "Layers of this model read more than the hidden states before them (the tokens, or keys and values of "
+                "other layers), which layerwise training does not keep.",
+                "Heal with closed-form or end-to-end.",
+            )
         op, (start, stop) = self.recipe.layers[index], self.recipe.spans[index]
         donor = op.sources[0].layer
         # Always a module of its own: a plain `Select` is the original's module itself.
@@ -375,22 +351,16 @@ class _Work:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         batch, held_out = self.schedule.batch, self.text.held_out
         sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
-        if self.loop.stream.by_tokens or self.loop.stream.state.size > self.resident.architecture.width:
-            raise UserError(
-                "Layers of this model read more than the hidden states before them (the tokens, or keys and values of "
-                "other layers), which layerwise training does not keep.",
-                "Heal with closed-form or end-to-end.",
-            )
         trained = {name for name, _ in module.named_parameters()}
         with torch.no_grad():
             calls = {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
-        states, cpu = self.teacher.store, torch.device("cpu")
-        own = partial(self.student.rows, 0, device=cpu)
+        follows, states = self.settings.inputs == "student", self.teacher.store
+        rows = partial(self.student.rows, 0) if follows else partial(states.rows, start)
         return LayerTask(
             index=index,
             module=module,
-            inputs=own if self.settings.inputs == "student" else partial(states.rows, start, device=cpu),
-            targets=partial(states.rows, stop, device=cpu),
+            inputs=partial(rows, device=torch.device("cpu")),
+            targets=partial(states.rows, stop, device=torch.device("cpu")),
             text=self.text,
             calls=calls,
             names=tuple(name for name in self.names if name in trained),

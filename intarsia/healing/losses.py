@@ -51,7 +51,7 @@ def hidden_mse(
     """
     t, s = teacher.float(), student.float()
     size = t.square().sum(dim=-1)
-    weight = _token_weights(size, mask, weighting)
+    weight = token_weights(size, mask, weighting)
     error = (s - t).square().sum(dim=-1)
     return (weight * error).sum() / (weight * size).sum().clamp_min(_TINY)
 
@@ -91,7 +91,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
-def _token_weights(size: Tensor, mask: Tensor | None, weighting: Weighting) -> Tensor:
+def token_weights(size: Tensor, mask: Tensor | None, weighting: Weighting) -> Tensor:
     """What each token counts; `size` is the teacher's squared norm."""
     if weighting == "relative":
         weight = size.clamp_min(_TINY).reciprocal()

@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,17 +31,18 @@ from psutil import virtual_memory
 from intarsia import progress
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
-from intarsia.activations.loop import Loop
+from intarsia.activations.loop import Loop, Passed
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.conversations import Turns, learn_turns
 from intarsia.data.corpus import Corpus
 from intarsia.disk import full_disk_named, read_json
 from intarsia.errors import Problems, UserError
+from intarsia.evaluation.perplexity import Chain, perplexity
 from intarsia.flags import plain
-from intarsia.healing import launch
-from intarsia.healing.quality import quality
-from intarsia.healing.restarts import Start
+from intarsia.healing import training
+from intarsia.healing.closed_form import Start
+from intarsia.healing.losses import hidden_mse
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.options import Runtime
 from intarsia.recipe import schema
@@ -53,9 +54,11 @@ CUT = "cut"
 """The name of the model as it came, in the list of stages."""
 
 _KEY = "key.json"
-_SET_ASIDE = 16
-"""Without a selection text, one sequence in this many of the calibration text stands in for it."""
+_SET_ASIDE = 1 / 16
+"""Without a selection text, this share of the calibration text becomes it."""
 _TENSORS = {".safetensors", ".bin", ".distcp", ".pt", ".npy", ".yaml"}
+_CPU_BATCH_TOKENS = 2048
+_CUDA_BATCH_TOKENS = 16384
 
 
 @dataclass(kw_only=True)
@@ -71,8 +74,7 @@ class HealContext:
     device: torch.device
     # What stages fit to and train on.
     calibration: Corpus
-    # What a result is accepted by. None where there is no more text: some sequences of the calibration text are set
-    # aside for it.
+    # What a result is accepted by. None where there is no more text: the last part of the calibration text is taken.
     selection: Corpus | None = None
     # Texts whose perplexity is reported after each stage.
     evaluation: tuple[Corpus, ...] = ()
@@ -93,8 +95,6 @@ class HealContext:
     # Where the stages are recorded, inside the run folder.
     name: str = "stages"
 
-    # Sequences of the calibration text that were set aside; no stage sees them.
-    unseen: frozenset[int] = field(default=frozenset(), init=False)
     # Of the stage under way: the folder of its state and logs; what it reports, row by row; and further facts, such as
     # `tokens` (of the text that it used) and `forwards` (layer-forwards over the text).
     folder: Path = field(default=Path(), init=False)
@@ -103,11 +103,8 @@ class HealContext:
 
     def __post_init__(self) -> None:
         if self.selection is None:
-            number = len(self.calibration)
-            rows = list(range(_SET_ASIDE // 2, number, _SET_ASIDE)) or [number - 1]
-            self.selection = _rows(self.calibration, rows, "held-out text")
-            if number > 1:  # a single sequence has to serve for both
-                self.unseen = frozenset(rows)
+            whole = self.calibration  # a single sequence has to serve for both
+            self.calibration, self.selection = whole.split(1.0 - _SET_ASIDE) if len(whole) > 1 else (whole, whole)
 
     @cached_property
     def resident(self) -> LoadedModel:
@@ -134,20 +131,14 @@ class HealContext:
 
     @property
     def held_out(self) -> Corpus:
-        """The selection text, or what stands in for it."""
+        """The selection text."""
         assert self.selection is not None
         return self.selection
-
-    @cached_property
-    def training(self) -> Corpus:
-        """The calibration text without what was set aside."""
-        rows = [row for row in range(len(self.calibration)) if row not in self.unseen]
-        return _rows(self.calibration, rows, self.calibration.description) if self.unseen else self.calibration
 
     @contextmanager
     def original_states(self, text: Corpus, *, fits: int = 1) -> Iterator[TeacherStates]:
         """The base's hidden states on the calibration text, or the first part of it, for a number of fits."""
-        if self.states is not None and text.sha256 == self.calibration.sha256:
+        if self.states is not None and text.sha256 == self.states.batches.corpus.sha256:
             yield self.states
             return
         batches, memory_budget = Batches(text, self.resident.device, batch_tokens=self.batch_tokens), self.memory_budget
@@ -304,22 +295,26 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     Raises:
         UserError: a stage cannot work with this text or model, the disk is full, or numbers are not finite.
     """
-    main, wait = launch.rank() == 0, launch.barrier(context.device)
+    main, wait = training.rank() == 0, training.barrier(context.device)
+    # Without an earlier healing's account of itself; what was fitted stays.
+    before = replace(recipe, provenance={name: said for name, said in recipe.provenance.items() if name != "heal"})
     results: list[StageResult] = []
     for number, chosen in enumerate((None, *stages)):
         name = CUT if chosen is None else chosen.name
         path = context.run.path / context.name / f"{number}-{name}.yaml"
-        before = results[-1].recipe if results else _unhealed(recipe)
         key = _key(context, before, chosen)
-        done = _is_recorded(path, key)
-        if not done and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
+        known = _facts(path)
+        fresh = known is None or known["key"] != key
+        if fresh and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
             started = time.perf_counter()
             found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
             if main:
                 result = _measured(context, name, path, found, results, time.perf_counter() - started)
                 _write(context, result, results, stages, key)
         wait()
-        results.append(_read(path, fresh=not done))
+        facts = {name: value for name, value in (_facts(path) or {}).items() if name != "key"}
+        results.append(StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts))
+        before = results[-1].recipe
         if main:
             _clear(path.with_suffix(""))
     return Healed(stages=tuple(results))
@@ -327,7 +322,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
 
 def _run(context: HealContext, recipe: Recipe, chosen: Chosen, folder: Path, key: str) -> Recipe:
     """What a stage makes of a recipe. Its folder is kept from an earlier start of the same work."""
-    if launch.rank() == 0:
+    if training.rank() == 0:
         mark = folder / _KEY
         if folder.exists() and (not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != key):
             shutil.rmtree(folder)
@@ -349,26 +344,70 @@ def _measured(
     if before is not None and schema.content_hash(found) == schema.content_hash(before.recipe):
         measured = before.quality  # it changed nothing
     else:
-        errors, memory_budget = context.layer_errors, context.memory_budget
         texts = (context.held_out, *context.evaluation)
         with progress.current().task("", 1, units=0.0):  # beside a stage it is little
-            measured = quality(found, context.resident, texts, errors=errors, memory_budget=memory_budget).to_dict()
+            measured = quality(
+                found, context.resident, texts, errors=context.layer_errors, memory_budget=context.memory_budget
+            )
+    result = StageResult(stage=name, path=path, recipe=found, quality=measured)
     if before is None:
-        return StageResult(stage=name, path=path, recipe=found, quality=measured)
-    result = StageResult(
-        stage=name,
-        path=path,
-        recipe=found,
-        quality=measured,
-        tokens=context.facts.pop("tokens", context.training.tokens),
-        seconds=seconds,
-        details=context.details,
-        facts=context.facts,
-    )
+        return result
+    tokens = context.facts.pop("tokens", context.calibration.tokens)
+    result = replace(result, tokens=tokens, seconds=seconds, details=context.details, facts=context.facts)
     taken = result.perplexity < before.perplexity
     change = f"held-out perplexity {before.perplexity:.2f} -> {result.perplexity:.2f}"
     progress.current().say(f"{name}: {change}" + ("" if taken else "; no better, so the model stays as it was"))
     return result if taken else replace(result, recipe=before.recipe, quality=before.quality, taken=False)
+
+
+def quality(
+    recipe: Recipe,
+    resident: LoadedModel,
+    texts: Sequence[Corpus],
+    *,
+    errors: bool = True,
+    memory_budget: MemoryBudget | None = None,
+) -> dict[str, Any]:
+    """How good a recipe's model is. Nothing is built for that: its layers run between the base's embedding and head.
+
+    Args:
+        resident: the recipe's base.
+        errors: measure the layers' hidden states on the first text too.
+        memory_budget: what hidden states may take in memory.
+
+    Returns:
+        As plain data, `texts`: the perplexity on each; and `errors`: for every output layer the mean over tokens of
+        |h - H^stop|^2 / |H^stop|^2 with the original's hidden state after its span. The layer reads what the layers
+        before it gave.
+    """
+    memory_budget = memory_budget or MemoryBudget()
+    model = Chain(recipe, resident, memory_budget=memory_budget)
+    batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
+    found = [perplexity(model, text, batch_tokens=batch_tokens) for text in texts]
+    names = ("text", "value", "nll", "stderr")
+    loop = Loop(resident, Batches(texts[0], resident.device, batch_tokens=batch_tokens), memory_budget=memory_budget)
+    return {
+        "texts": [{name: getattr(each, name) for name in names} for each in found],
+        "errors": _layer_errors(recipe, model, loop) if errors else [],
+    }
+
+
+@torch.inference_mode()
+def _layer_errors(recipe: Recipe, model: Chain, loop: Loop) -> list[float]:
+    """The original goes through its layers once, and then the recipe's model."""
+    sums = [0.0] * len(recipe.layers)
+    with TeacherStates(loop) as original, closing(loop.store()) as own:
+        original.learn({stop for _, stop in recipe.spans})
+
+        def compare(index: int, passed: Passed) -> None:
+            real = passed.ids.numel() if passed.mask is None else int(passed.mask.sum())
+            wanted = original.at(recipe.spans[index][1], passed.rows)
+            sums[index] += float(hidden_mse(wanted, passed.after, passed.mask)) * real
+
+        loop.embed(own)
+        for _ in loop.through(model.layers.placed(), own, observe=compare):
+            pass
+    return [total / max(loop.corpus.tokens, 1) for total in sums]
 
 
 def _write(
@@ -394,18 +433,10 @@ def _write(
     context.run.write_json(str(result.path.with_suffix(".json").relative_to(context.run.path)), facts)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    remedy = "Delete it; that stage is then run again."
-    return read_json(path.with_suffix(".json"), expected="what a heal stage gave", remedy=remedy)
-
-
-def _is_recorded(path: Path, key: str) -> bool:
-    return path.with_suffix(".json").is_file() and _facts(path)["key"] == key
-
-
-def _read(path: Path, *, fresh: bool) -> StageResult:
-    facts = {name: value for name, value in _facts(path).items() if name != "key"}
-    return StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts)
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What was recorded of a stage, if it was."""
+    path, remedy = path.with_suffix(".json"), "Delete it; that stage is then run again."
+    return read_json(path, expected="what a heal stage gave", remedy=remedy) if path.is_file() else None
 
 
 def _key(context: HealContext, recipe: Recipe, chosen: Chosen | None) -> str:
@@ -420,24 +451,8 @@ def _key(context: HealContext, recipe: Recipe, chosen: Chosen | None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _unhealed(recipe: Recipe) -> Recipe:
-    """The recipe without an earlier healing's account of itself; what was fitted stays."""
-    return replace(recipe, provenance={name: said for name, said in recipe.provenance.items() if name != "heal"})
-
-
 def _clear(folder: Path) -> None:
     """Of a recorded stage, delete the tensors of its state; logs stay."""
-
-    def holds_tensors(path: Path) -> bool:
-        return any(file.suffix in _TENSORS for file in (path.rglob("*") if path.is_dir() else (path,)))
-
-    for path in filter(holds_tensors, list(folder.glob("*"))):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-
-
-def _rows(corpus: Corpus, rows: Sequence[int], description: str) -> Corpus:
-    mask = None if corpus.mask is None else corpus.mask[list(rows)]
-    return Corpus.of(corpus.input_ids[list(rows)], mask=mask, description=description, documents=corpus.documents)
+    for path in list(folder.glob("*")):
+        if any(file.suffix in _TENSORS for file in (path, *path.rglob("*"))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,14 +1,16 @@
-"""What the settings of heal stages share; those of trainings are checked when they are made."""
+"""What heal stages share: settings, which are checked when they are made, and the output layers that they change."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_origin
 
 from intarsia.architecture.spec import Part
-from intarsia.errors import check
+from intarsia.errors import Problems
 from intarsia.flags import flag, options_of
+from intarsia.recipe.recipe import Op, Recipe, Select, Span
 
 Layers: TypeAlias = Literal["spans", "after"]
 """Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
@@ -21,6 +23,36 @@ Check: TypeAlias = tuple[bool, tuple[str, ...], str]
 """Whether settings are right, their names, and what is expected of them."""
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Settings that are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        options, problems = {option.attribute: option for option in options_of(type(self))}, Problems()
+        for right, names, expected in self.checks():
+            if not right:
+                flags = " + ".join(f"--{options[name].key}" for name in names)
+                values = " + ".join(str(getattr(self, name)) for name in names)
+                problems.add(
+                    f"{flags} is {values}; expected is {expected}.", "Give such a value, or leave the option out."
+                )
+        for option in options.values():
+            if get_origin(option.kind) is Literal:  # the type of other values says enough
+                with problems:
+                    option.convert(getattr(self, option.attribute))
+        problems.raise_any()
+
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        return iter(())
+
+    def at_least(self, least: int, *names: str) -> Iterator[Check]:
+        """That whole numbers are no smaller; those that are None are not given."""
+        for name in names:
+            value = getattr(self, name)
+            yield value is None or value >= least, (name,), f"a whole number, {least} or more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +75,7 @@ class ClosedFormSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Pace(Checked):
     """What both kinds of training share."""
 
     # How often every training sequence is seen.
@@ -69,33 +101,41 @@ class Pace:
     # Tokens that losses count on: `all`, or those that the `assistant` wrote, which takes a chat template.
     loss_on: Literal["all", "assistant"] = "all"
 
-    def __post_init__(self) -> None:
-        flags = {option.attribute: f"--{option.key}" for option in options_of(type(self))}
-        check(
-            *(
-                (
-                    right,
-                    f"{' + '.join(flags[name] for name in names)} is"
-                    f" {' + '.join(str(getattr(self, name)) for name in names)}; expected is {expected}.",
-                    "Give such a value, or leave the option out.",
-                )
-                for right, names, expected in self.checks()
-            )
-        )
-
     def checks(self) -> Iterator[Check]:
         """What must hold."""
-        for name in ("epochs", "batch_tokens", "evaluations", "patience"):
-            yield getattr(self, name) >= 1, (name,), "a whole number, 1 or more"
+        yield from self.at_least(1, "epochs", "batch_tokens", "evaluations", "patience")
         for name in ("lr", "clip"):
-            yield 0.0 < getattr(self, name) < float("inf"), (name,), "a number above 0"
-        yield 0.0 <= self.weight_decay < float("inf"), ("weight_decay",), "a number, 0 or more"
-        yield self.loss_on in ("all", "assistant"), ("loss_on",), "all or assistant"
+            yield 0.0 < getattr(self, name) < math.inf, (name,), "a number above 0"
+        yield 0.0 <= self.weight_decay < math.inf, ("weight_decay",), "a number, 0 or more"
         for name in ("least_lr", "warmup"):
             yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"
 
     def weights(self, *names: str) -> Check:
         """That weights of losses are none below 0, and one above."""
         found = [getattr(self, name) for name in names]
-        right = all(0.0 <= weight < float("inf") for weight in found) and any(found)
+        right = all(0.0 <= weight < math.inf for weight in found) and any(found)
         return right, names, "weights of 0 or more, at least one of them above 0"
+
+
+def trainable(op: Op, span: Span) -> bool:
+    """Whether an output layer has something to learn: it stands for several layers, or is no original layer as it was.
+
+    A layer that stands for none has nothing to learn from.
+    """
+    start, stop = span
+    return stop - start > 1 or (stop > start and not isinstance(op, Select))
+
+
+def changed_layers(recipe: Recipe) -> list[int]:
+    """The output layers that have something to learn."""
+    layers = zip(recipe.layers, recipe.spans, strict=True)
+    return [index for index, (op, span) in enumerate(layers) if trainable(op, span)]
+
+
+def taught(recipe: Recipe, layers: Layers) -> list[int]:
+    """Output layers that a heal stage changes. One that stands for none of the original has no target."""
+    changed = changed_layers(recipe)
+    if layers == "after" and changed:
+        after = range(changed[0], len(recipe.spans))
+        return [index for index in after if recipe.spans[index][1] > recipe.spans[index][0]]
+    return changed

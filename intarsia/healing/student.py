@@ -53,7 +53,11 @@ def load_student(
     checkpoint = Checkpoint.open(folder, model=str(folder))
     rank, layers = settings.lora, checkpoint.architecture.layers_in_memory
     model = load_model(checkpoint, device=device, dtype=torch.float32 if rank is None else None)
-    if rank is not None and (targets := _linear_modules(model, layers)):
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [
+        name for name in linear if name.startswith(f"{layers}.")
+    ]  # experts are none in memory, nor is their router
+    if rank is not None and targets:
         _add_lora(model, targets, rank)
     else:
         if rank is not None:
@@ -62,11 +66,9 @@ def load_student(
     if settings.checkpointing:
         # transformers recomputes activations in training mode only; a student that copies a teacher wants no dropout.
         _without_dropout(model)
-        settled = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # the newer name, within transformers 5
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=settled)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settled)
+        # The first is the newer name, within transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()
     return model, checkpoint.architecture
 
@@ -100,15 +102,6 @@ def with_trained(recipe: Recipe, architecture: Architecture, base: Checkpoint, t
 
 
 _SCALE = 2.0  # lora_alpha / r, whatever the rank
-
-
-def _linear_modules(model: PreTrainedModel, layers: str) -> list[str]:
-    """Of the layers; experts are none in memory, nor is their router."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{layers}.") and isinstance(module, nn.Linear)
-    ]
 
 
 def _add_lora(model: PreTrainedModel, targets: list[str], rank: int) -> None:

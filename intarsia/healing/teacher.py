@@ -31,14 +31,14 @@ from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.activations.loss import Likeliest
 from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Placed
+from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.disk import staged_folder
-from intarsia.errors import UserError
+from intarsia.errors import UserError, check
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
 from intarsia.progress import current
+from intarsia.recipe.recipe import Recipe
 
 _SIGN = "facts.json"
 _ROWS = 256
@@ -135,6 +135,30 @@ def fits_in_memory(resident: LoadedModel, batches: Batches, memory_budget: Memor
     """Whether memory has room for the teacher's hidden states at every depth, for several fits to share."""
     state = batches.corpus.input_ids.numel() * resident.architecture.width * resident.model.dtype.itemsize
     return (resident.architecture.n_layers + 1) * state <= memory_budget.memory_bytes
+
+
+def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, name: str) -> None:
+    """Check that a teacher fits a recipe.
+
+    Args:
+        base: the architecture of the recipe's base.
+        name: what the user calls the teacher.
+
+    Raises:
+        UserError: with everything in which the two differ.
+    """
+    compared = (
+        ("vocabulary", base.vocabulary, teacher.vocabulary),
+        ("width", base.width, teacher.width),
+        ("number of layers", recipe.depth, teacher.n_layers),
+    )
+    hint = "Leave --teacher out to learn from the recipe's own base, or name a fine-tune of it."
+    check(
+        *(
+            (ours == theirs, f"The teacher {name} has {what} {theirs}, the recipe's base {ours}.", hint)
+            for what, ours, theirs in compared
+        )
+    )
 
 
 class Teacher:

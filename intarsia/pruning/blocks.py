@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intarsia.architecture.spec import Architecture
-from intarsia.healing.restarts import Start
+from intarsia.healing.closed_form import Start
 from intarsia.progress import current
-from intarsia.pruning.candidates import Change, losses_of
 from intarsia.pruning.estimate import blocks_raced
-from intarsia.pruning.race import best_of_groups, mean_loss, race
-from intarsia.pruning.step import without_half_layers
+from intarsia.pruning.race import best_of_groups, mean_loss
+from intarsia.pruning.step import Change, without_half_layers
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.recipe import Op, Recipe, identity
 
@@ -66,14 +65,7 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
 
 def _raced(model: Intermediate, blocks: Sequence[Change], number: int, title: str) -> list[tuple[Change, float]]:
     """The blocks of least loss, the best first, and the loss without each as far as it was measured."""
-    _, sums = race(
-        range(len(blocks)),
-        lambda some, part: losses_of(model, [blocks[index] for index in some], sequences=part),
-        model.counts_N,
-        racing=True,
-        keep=number,
-        title=title,
-    )
+    _, sums = model.race(blocks, racing=True, keep=number, title=title)
     return [(blocks[index], mean_loss(sums[index], model.counts_N)) for index in best_of_groups(sums, number)]
 
 

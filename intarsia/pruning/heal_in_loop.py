@@ -2,16 +2,17 @@
 
 After a step, every layer that is new or stands for more original layers than before is fitted: its inputs are the
 hidden states of the healed layers before it, its target the original's at the end of its span
-(`intarsia.healing.closed_form`). The layers after it are run again, and if the loss of held-out sequences rises, the
-layers stay as they were. Tensors fitted on a layer that is merged again are dropped: ops stay flat over original
-layers. Where only a layer's span has grown, its fitted tensors are the starting point.
+(`intarsia.healing.closed_form`). If the loss of held-out sequences rises, the layers stay as they were. Of several
+steps, the finalists, each is healed, and the one of least held-out loss is taken.
+
+Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. Where only a layer's
+span has grown, its fitted tensors are the starting point.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,32 +20,30 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.loop import Path
-from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import twin
+from intarsia.building.loaded_model import Tensors, twin
 from intarsia.healing.closed_form import spool_of
-from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer, passes
-from intarsia.healing.layer_map import trainable
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
+from intarsia.healing.settings import ClosedFormSettings, trainable
 from intarsia.healing.teacher import TeacherStates
+from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
+from intarsia.pruning.step import Step, describe
 from intarsia.recipe.recipe import Op, derive_spans
 
 
-def step_heal_forwards(
-    architecture: Architecture,
-    settings: ClosedFormSettings | None,
-    current: int,
-    *,
-    finalists: int = 1,
-) -> int:
-    """Layer-forwards that healing one step of a model of `current` layers takes at most; none without settings.
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A step, what is fitted if it is taken, and the held-out sequences' summed loss without and with that."""
 
-    For each finalist two layers are fitted, the model is measured anew, and the held-out loss is measured twice.
-    """
-    if settings is None:
-        return 0
-    fit, held_out = passes(architecture, settings.changed), math.ceil(current / settings.held_out)
-    return finalists * (2 * fit + current + 2 * held_out)
+    step: Step
+    fits: list[LayerFit]
+    fitted: Mapping[int, Tensors]
+    before: float
+    after: float
+
+    @property
+    def taken(self) -> bool:
+        return self.after < self.before
 
 
 class StepHealer:
@@ -54,59 +53,73 @@ class StepHealer:
         self.model = model
         self.settings = settings
 
-    def replace(self, start: int, count: int, op: Op | None) -> dict[str, Any]:
-        """`Intermediate.replace`, and every layer healed that this changes.
+    def take(self, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
+        """Change the model by the step whose healed model has the least loss on held-out sequences; of equal ones the
+        first.
 
         Returns:
-            As plain data: the output projections that were fitted, whether the fit is accepted, the loss of held-out
-            sequences without and with them, and how many layer-forwards this cost beside measuring the model.
+            The step. And as plain data: the output projections that were fitted, whether the fit is accepted, the loss
+            of held-out sequences without and with it, how many layer-forwards this cost beside measuring the model,
+            and of several steps the losses of each.
         """
-        model = self.model
-        original = model.original()  # held while the whole model is what was measured
-        first, due = self.exchange(start, count, op)
-        if not due:
-            model.measure(first)
-            return {"output_projections": [], "taken": False, "held_out_loss": None, "layer_forwards": 0}
-        held_out = self.held_out
-        before = float(losses_after(model, first, held_out).sum())
-        spent = (model.depth - first) * len(held_out) / len(model.corpus)
-        unrepaired = {index: model.fitted[index] for index in due}
-        fits, reached = self.fit(first, due, original)
-        model.measure(reached)
-        after = float(losses_after(model, model.depth, held_out).sum())
-        changed = [index for index in due if model.fitted[index] is not unrepaired[index]]
-        if changed and after >= before:
-            for index in changed:
-                model.fit(index, unrepaired[index])
-            model.measure(first)
-            spent += model.depth - first
-        tokens = max(int(model.counts_N[held_out].sum()), 1)
-        return {
-            "output_projections": [asdict(fit) for fit in fits],
-            "taken": bool(changed) and after < before,
-            "held_out_loss": [before / tokens, after / tokens],
-            "layer_forwards": len(due) * passes(model.architecture, self.settings.changed) + spent,
+        model, original = self.model, self.model.original()  # held while the whole model is what was measured
+        spent, tokens = model.layer_forwards, max(int(model.counts_N[self.held_out].sum()), 1)
+        trials: list[_Trial] = []
+        with current().task(f"healing {len(steps)} finalists" if len(steps) > 1 else "healing", len(steps)) as task:
+            for step in steps:
+                trials.append(self._tried(step, original))
+                task.advance()
+        best = min(trials, key=lambda trial: min(trial.before, trial.after))
+        spent = model.layer_forwards - spent
+        first, _ = self.exchange(best.step.start, best.step.count, best.step.op)
+        for index, tensors in best.fitted.items() if best.taken else ():
+            model.fit(index, tensors)
+        model.measure(first)
+        shown = [
+            {
+                "replaced": [trial.step.start, trial.step.start + trial.step.count],
+                "op": None if trial.step.op is None else describe(trial.step.op),
+                "held_out_loss": [trial.before / tokens, trial.after / tokens],
+            }
+            for trial in trials
+        ]
+        return best.step, {
+            "output_projections": [asdict(fit) for fit in best.fits],
+            "taken": best.taken,
+            "held_out_loss": [best.before / tokens, best.after / tokens] if best.fits else None,
+            "layer_forwards": spent,
+            **({"finalists": shown} if len(steps) > 1 else {}),
         }
+
+    def _tried(self, step: Step, original: TeacherStates) -> _Trial:
+        """A step, healed and evaluated; the model is as before afterwards."""
+        model, rows = self.model, self.held_out
+        was = list(model.ops), list(model.fitted), list(model.modules)
+        first, due = self.exchange(step.start, step.count, step.op)
+        before = float(losses_after(model, first, rows).sum())
+        unhealed = {index: model.fitted[index] for index in due}
+        fits: list[LayerFit] = []
+        reached = first
+        for index, depth in due.items():
+            if index > reached:
+                model.measure(reached, index)
+                reached = index
+            fits += self._fit(index, original, depth)
+        fitted = {
+            index: tensors
+            for index in due
+            if (tensors := model.fitted[index]) is not None and tensors is not unhealed[index]
+        }
+        after = float(losses_after(model, first, rows).sum()) if fitted else before
+        model.ops, model.fitted, model.modules = was
+        if reached > first:
+            model.refresh()  # those before a second layer that was fitted were measured anew
+        return _Trial(step=step, fits=fits, fitted=fitted, before=before, after=after)
 
     @property
     def held_out(self) -> list[int]:
         """The sequences that nothing is fitted on."""
         return list(range(0, self.model.rows.stop, self.settings.held_out))
-
-    def fit(self, first: int, due: Mapping[int, int], original: TeacherStates) -> tuple[list[LayerFit], int]:
-        """Fit layers towards their depths, in order, and measure those between them.
-
-        Returns:
-            What was fitted, and the layer from which on the model is to be measured: `first`, or a later one.
-        """
-        fits: list[LayerFit] = []
-        reached = first
-        for index, depth in due.items():
-            if index > reached:
-                self.model.measure(reached, index)
-                reached = index
-            fits += self._fit(index, original, depth)
-        return fits, reached
 
     def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
         """Make the change.
@@ -135,7 +148,7 @@ class StepHealer:
                 inputs=partial(model.hidden_at, index),
                 targets=partial(original.at, depth),
                 source=model.ops[index].sources[0].layer,
-                sequences=(model.rows,),
+                sequences=model.rows,
             )
             parts, spool = self.settings.changed, spool_of(model.resident, model.loop.memory_budget)
             tensors, fits = fit_layer(module, parts, text, index=index, settings=self.settings, spool=spool)

@@ -1,12 +1,13 @@
-"""The model in the middle of pruning: its layers, hidden states, and what is measured on them.
+"""The model in the middle of pruning: its layers, hidden states, and what is measured on them and on changes of them.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,23 +15,21 @@ from torch import Tensor
 
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
-from intarsia.activations.loop import Loop, Passed
+from intarsia.activations.loop import Loop, Passed, Path
 from intarsia.activations.loss import Likeliest
 from intarsia.activations.statistics import LayerMeasure, cosines, last_real
-from intarsia.building.loaded_model import LoadedModel
-from intarsia.building.recipe_layers import Layer, RecipeLayers, is_whole
+from intarsia.building.loaded_model import Layer, LoadedModel, Placed, RecipeLayers, is_whole
 from intarsia.data.corpus import Corpus
 from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.structure import Possible
-from intarsia.progress import Progress, current
+from intarsia.progress import current
+from intarsia.pruning.race import race
 from intarsia.pruning.scores import angular_distance
-from intarsia.pruning.step import Criterion
+from intarsia.pruning.step import Change, Criterion
 from intarsia.recipe.recipe import Fitted, Op
 
 # Sequences that the loss of the model after a step is measured on.
 _LOSS_SEQUENCES = 8
-# Tokens of the original's next-token distribution that are known, beside the mass of all others.
-_LIKELIEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,6 @@ class Intermediate(RecipeLayers):
         fitted: Fitted | None = None,
         batch_tokens: int | None = None,
         memory_budget: MemoryBudget | None = None,
-        reuse_prefix: bool = True,
         after_final_norm: bool = False,
     ) -> None:
         """Nothing is run yet; `measure` does that.
@@ -77,11 +75,9 @@ class Intermediate(RecipeLayers):
             fitted: tensors that replace layers' own, by layer.
             batch_tokens: tokens of a forward pass; sensible for the device by default.
             memory_budget: what hidden states may take in memory before they spill to disk.
-            reuse_prefix: False runs the whole model for every change and candidate (for benchmarks).
             after_final_norm: take the last layer's output after the final norm, as published.
         """
         super().__init__(resident, ops, fitted)
-        self.reuse_prefix = reuse_prefix
         self.after_final_norm = after_final_norm
         self.loop = Loop(
             resident, Batches(corpus, resident.device, batch_tokens=batch_tokens), memory_budget=memory_budget
@@ -110,11 +106,6 @@ class Intermediate(RecipeLayers):
     def batches(self) -> Batches:
         """The calibration text, as many sequences at a time as the device holds."""
         return self.loop.batches
-
-    @property
-    def progress(self) -> Progress:
-        """Where long work on the model reports to."""
-        return current()
 
     @property
     def layer_forwards(self) -> float:
@@ -166,21 +157,19 @@ class Intermediate(RecipeLayers):
         recorded on the whole text, as healing needs them.
         """
         whole, stop = stop is None, self.depth if stop is None else stop
-        if not self.measures or not self.reuse_prefix:
+        if not self.measures:
             start = 0
+        elif self.after_final_norm:
+            start = min(start, max(self.depth - 1, 0))  # a layer that has become the last one
         del self.measures[start:], self._measured[start:]
-        # What ended at the last layer before may have been taken after the final norm.
-        valid = start - 1 if self.after_final_norm and start == self.depth else start
-        self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= valid}
+        self._distances = {key: value for key, value in self._distances.items() if key[0] + key[1] <= start}
         parts = [self.rows]
         if whole and self.hidden.held is None and is_whole(self._now(), self.architecture.n_layers):
             parts.append(slice(self.rows.stop, len(self.corpus)))
         length = parts[-1].stop / len(self.corpus)
-        with self.progress.task(f"measuring {self.depth} layers", (stop - start) * length + whole) as task:
+        with current().task(f"measuring {self.depth} layers", (stop - start) * length + whole) as task:
             if start == 0:
                 self.loop.embed(self.hidden, sequences=slice(0, parts[-1].stop))
-            if self.after_final_norm and whole and 0 < start == self.depth:
-                self.measures[-1] = self._new_last()
             found = [LayerMeasure() for _ in range(start, stop)]
 
             def measure(number: int, passed: Passed) -> LayerMeasure | None:
@@ -225,13 +214,45 @@ class Intermediate(RecipeLayers):
         if same == len(self._measured) == self.depth:
             return
         # A last layer that was measured after the final norm may be no last layer any more.
-        self.measure(0 if self.after_final_norm else same)
+        self.measure(max(same - 1, 0) if self.after_final_norm else same)
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
         """Put one layer (or none) in the place of `count` layers, and re-run what comes after."""
         self.exchange(start, count, [] if op is None else [op])
         if measure:
             self.measure(start)
+
+    def losses_with(self, changes: Iterable[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
+        """Summed loss of each sequence with one change after the other: float64, `[N]` of the slice (default: `rows`).
+
+        Where the criterion is `kl`, it is the divergence from the original's next-token distribution. The model itself
+        does not change: layers from the change on are run from the kept hidden states before it.
+        """
+        expected = self.expected().rows if self.criterion == "kl" else None
+        return self.loop.losses(map(self.path, changes), sequences=sequences or self.rows, expected=expected)
+
+    def race(
+        self,
+        changes: Sequence[Change],
+        *,
+        racing: bool,
+        keep: int = 1,
+        group: Callable[[int], Hashable] | None = None,
+        title: str,
+    ) -> tuple[int, dict[int, Tensor]]:
+        """`race` between changes, by their place in the list: the best, and the summed losses that each has shown."""
+
+        def losses(places: Sequence[int], part: slice) -> Iterator[Tensor]:
+            return self.losses_with([changes[place] for place in places], sequences=part)
+
+        places = range(len(changes))
+        return race(places, losses, self.counts_N, racing=racing, keep=keep, group=group, title=title)
+
+    def path(self, change: Change) -> Path:
+        """The layers from a change on, and the hidden states before it."""
+        new = [Placed(self.resident.module(op), op.sources[0].layer) for op in change.ops]
+        rest = self.placed(change.start + change.count)
+        return Path(layers=[*new, *rest], read=partial(self.hidden_at, change.start))
 
     def hidden_at(self, depth: int, rows: slice) -> Tensor:
         """H^depth of some sequences, as it was measured."""
@@ -300,19 +321,11 @@ class Intermediate(RecipeLayers):
             self._original.learn(range(self.architecture.n_layers + 1))
         return self._original
 
-    @torch.inference_mode()
     def expected(self) -> Likeliest:
         """The original's likeliest next tokens, of `rows`."""
         if self._likeliest is None or len(self._likeliest.log_p) < self.rows.stop:
-            states, k = self.original(), min(_LIKELIEST, self.architecture.vocabulary)
-            found: list[Likeliest] = []
-
-            def look(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
-                h_BTD = states.at(self.architecture.n_layers, rows)
-                found.append(self.loop.stream.likeliest(h_BTD, ids, mask, k))
-
-            self.batches.each(look, self.rows)
-            self._likeliest = Likeliest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            end = Path(layers=[], read=partial(self.original().at, self.architecture.n_layers))
+            self._likeliest = self.loop.likeliest(end, sequences=self.rows)
         return self._likeliest
 
     def close(self) -> None:
@@ -330,14 +343,6 @@ class Intermediate(RecipeLayers):
         for part, x in passed.inputs.items():
             found.channels[part].add(x, None if mask is None else mask.to(x.device))
         return found
-
-    def _new_last(self) -> LayerMeasure:
-        """The influence of a layer that has become the last one: its output now counts after the final norm."""
-        fresh = LayerMeasure(channels=self.measures[-1].channels)
-        for rows, ids, mask in self.batches.over(self.rows):
-            after = self._output(self.depth, rows, ids, mask)
-            fresh.add_stream(self._output(self.depth - 1, rows, ids, mask), after, mask)
-        return fresh
 
     def _lose(self, rows: slice, ids: Tensor, mask: Tensor | None) -> None:
         """Measure the loss of some sequences, from the hidden states after the last layer."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from intarsia import progress
-from intarsia.pruning.finalists import settle
 from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
@@ -85,16 +84,14 @@ def _take(
     planner: Planner, model: Intermediate, healer: StepHealer | None, steps: Sequence[Step]
 ) -> tuple[Step, dict[str, Any]]:
     """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
-    step = steps[0]
-    if healer is not None and len(steps) > 1:
-        step, found = settle(healer, steps)
+    if healer is not None:
+        step, found = healer.take(steps)
         return step, {**step.evidence, "heal": found}
+    step = steps[0]
     if step.whole is not None:
         model.become(step.whole)
         if planner.progressive:
             model.refresh()
-    elif healer is not None:
-        return step, {**step.evidence, "heal": healer.replace(step.start, step.count, step.op)}
     else:
         model.replace(step.start, step.count, step.op, measure=planner.progressive)
     return step, dict(step.evidence)

@@ -42,7 +42,7 @@ def part_scores(
 
     S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
     the same of what the expert adds, router weight included, and 0 at tokens that are not routed to it; that is what
-    the hooks measure of it (`intarsia.activations.hooks`).
+    the hooks measure of it (`intarsia.activations.statistics`).
 
     Args:
         sums: of the output projection's inputs, as the hooks see them.

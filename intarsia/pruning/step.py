@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from intarsia.architecture.spec import Architecture
-from intarsia.errors import Problems
-from intarsia.flags import flag, options_of, token_count
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.flags import flag, token_count
+from intarsia.healing.settings import Check, Checked, ClosedFormSettings
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.recipe import Concat, Merge, NormMode, Op
 
@@ -37,11 +37,20 @@ class Step:
         return self.count - (0 if self.op is None else 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """`ops` stand in the place of the `count` layers from `start` on."""
+
+    start: int
+    count: int
+    ops: tuple[Op, ...]
+
+
 Criterion: TypeAlias = Literal["loss", "kl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class PlanSettings(Checked):
     """Settings of methods whose plan is followed by a comparison of blocks."""
 
     # Calibration tokens that decide the steps (default: all); the original is measured on all of them.
@@ -51,17 +60,10 @@ class PlanSettings:
     # What candidates and blocks are compared by: their loss, or KL(original || candidate) of the next token.
     criterion: Criterion = "loss"
 
-    def __post_init__(self) -> None:
-        problems = Problems()
-        if self.plan_tokens is not None and self.plan_tokens < 1:
-            problems.add(f"--plan-tokens is {self.plan_tokens}; it is at least 1.", "Leave it out for all tokens.")
-        if self.blocks < 0:
-            problems.add(f"--blocks is {self.blocks}; it is at least 0.", "Give 0 for none.")
-        for option in options_of(type(self)):
-            if get_origin(option.kind) is Literal:  # the type of other values says enough
-                with problems:
-                    option.convert(getattr(self, option.attribute))
-        problems.raise_any()
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from self.at_least(1, "plan_tokens")
+        yield from self.at_least(0, "blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +141,24 @@ class Progressive(Planner):
     """A method that measures the model anew after every step, and can have each step healed."""
 
     progressive = True
+    # Of each step.
+    candidates_healed = 1
 
     def __init__(self, settings: ProgressiveSettings) -> None:
         self.in_loop = ClosedFormSettings() if settings.heal_in_loop else None
         self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
+
+    def heal_forwards(self, architecture: Architecture, current: int) -> int:
+        """Layer-forwards that healing one step of a model of `current` layers takes at most.
+
+        For each candidate two layers are fitted, the model is measured anew, and the held-out loss is measured twice.
+        """
+        from intarsia.healing.layer_fit import passes
+
+        if self.in_loop is None:
+            return 0
+        fit, held_out = passes(architecture, self.in_loop.changed), math.ceil(current / self.in_loop.held_out)
+        return self.candidates_healed * (2 * fit + current + 2 * held_out)
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:

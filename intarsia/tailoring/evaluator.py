@@ -40,8 +40,7 @@ from intarsia.building.offload import free_bytes
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import Batch, default_batch_tokens, positions_of, score_batch, takes_packed_rows
-from intarsia.healing.closed_form import fit
-from intarsia.healing.layer_map import fit_forwards
+from intarsia.healing.closed_form import fit, fit_forwards
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.inspection.own_code import trusts

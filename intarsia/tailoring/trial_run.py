@@ -29,7 +29,7 @@ from intarsia.activations.batches import side_by_side, workers_for
 from intarsia.activations.stream import Entry, LayerStream
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import LoadedModel, twin
-from intarsia.building.loading import set_parameter
+from intarsia.building.offload import set_parameter
 from intarsia.evaluation.likelihood import Rows, inputs_of
 from intarsia.recipe.recipe import LayerRef, Op, Recipe, Select
 from intarsia.tailoring.family import Family

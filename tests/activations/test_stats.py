@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from intarsia.activations.hooks import output_projections
 from intarsia.activations.loss import Likeliest, next_token_losses
-from intarsia.activations.statistics import ChannelSums, LayerMeasure, cosines, require_finite
+from intarsia.activations.statistics import ChannelSums, LayerMeasure, cosines, output_projections, require_finite
 from intarsia.activations.stream import LayerStream
 from intarsia.errors import UserError
 from tests import families

@@ -236,7 +236,7 @@ FULL, SLIDING, ROPE = "full_attention", "sliding_attention", "rotary embedding"
     ],
 )
 def test_how_layers_attend_where_a_config_states_a_rule(config: dict[str, Any], expected: list[str]) -> None:
-    """As transformers makes the list; its own is compared with in tests/building/test_layer_kinds.py."""
+    """As transformers makes the list; its own is compared with in tests/building/test_layer.py."""
     assert detect(config).layer_types == tuple(expected)
 
 

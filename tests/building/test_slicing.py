@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import Architecture, Linear
 from intarsia.building import slicing
-from intarsia.building.slicing import Joined, blocks, fold_centred_norm, fold_norm, join, positions, take
+from intarsia.building.slicing import blocks, fold_centred_norm, fold_norm, join, positions, take
 
 ARCHITECTURE = detect(
     {
@@ -106,25 +106,13 @@ def test_a_layer_cut_in_two_and_joined_is_that_permutation(order: list[int], mid
     assert torch.equal(join(parts, 1), weight[:, order])
 
 
-@pytest.mark.parametrize("name", ["qkv_proj", "o_proj", "up_proj", "down_proj"])
-def test_joined_block_by_block_is_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of several sources, in blocks that end in the middle of them; two dtypes become the wider one."""
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_are_what_is_taken(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slicing, "_ROWS", 3)
-    module = linear(FUSED, name)
-    shape = FUSED.linear_shape(module)
-    pieces = [(1,), (2, 0)] if module.part == "attention" else [(6, 1, 3), (0, 2, 4, 5)]
-    wanted = [positions(FUSED, module, some) for some in pieces]
-    generator = torch.Generator().manual_seed(0)
-    sources = [torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).double()]
-    found = Joined(shape, wanted, module.cut_axis)
-    for number, source in enumerate(sources):
-        for segment, where in enumerate(wanted[number]):
-            for rows, taken in blocks(source, where, module.cut_axis):
-                assert len(taken) <= 3
-                found.put(number, segment, rows, taken)
-    cuts = [take(source, where, module.cut_axis) for source, where in zip(sources, wanted, strict=True)]
-    assert found.whole.dtype == torch.float64
-    assert torch.equal(found.whole, join(cuts, module.cut_axis))
+    weight, where = numbered(7, 8), torch.tensor([6, 1, 3, 0])
+    found = list(blocks(weight, where, axis))
+    assert all(len(taken) <= 3 and len(taken) == rows.stop - rows.start for rows, taken in found)
+    assert torch.equal(torch.cat([taken for _, taken in found]), take(weight, [where], axis)[0])
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -19,11 +19,10 @@ from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import _seen
+from intarsia.healing.closed_form import fit_forwards, fitted_parts
 from intarsia.healing.layer_fit import fittable
-from intarsia.healing.layer_map import fit_forwards, fitted_parts, taught
-from intarsia.healing.quality import quality
-from intarsia.healing.settings import ClosedFormSettings
+from intarsia.healing.pipeline import quality
+from intarsia.healing.settings import ClosedFormSettings, taught
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Merge, Op, Recipe, identity
@@ -136,8 +135,8 @@ def test_removals_and_joined_layers_are_healed(
     assert all(name.removesuffix(".weight") in modules for names in healed.fitted.values() for name in names)
     measured = quality(healed, resident, [held_out_rows(train)])
     for row in (fits[len(modules) - 1], fits[-1]):
-        assert row["error_after"] == pytest.approx(measured.errors[row["layer"]], rel=1e-3)
-    errors = [quality(each, resident, [fresh]).errors for each in (recipe, healed)]
+        assert row["error_after"] == pytest.approx(measured["errors"][row["layer"]], rel=1e-3)
+    errors = [quality(each, resident, [fresh])["errors"] for each in (recipe, healed)]
     assert errors[1][2] < 0.9 * errors[0][2] and errors[1][3] < 0.9 * errors[0][3]
     assert all(torch.equal(before[name], tensor) for name, tensor in resident.model.state_dict().items())
 
@@ -218,7 +217,7 @@ def test_later_layers_correct_what_is_left(
     assert sorted(near.fitted) == [1] and sorted(far.fitted) == [1, 2, 3]
     changed, rest = (len(steps(resident.architecture, parts)) for parts in (PLAIN.changed, PLAIN.unchanged))
     assert [row["layer"] for row in fits] == [1] * changed + [2] * rest + [3] * rest
-    errors = [quality(each, resident, [fresh]).errors for each in (near, far)]
+    errors = [quality(each, resident, [fresh])["errors"] for each in (near, far)]
     assert errors[1][1] == errors[0][1]
     assert errors[1][3] < errors[0][3]
 
@@ -268,11 +267,6 @@ def test_batches_side_by_side_do_not_matter(family: str, cut: Cut, resident_of: 
         assert one["error_after"] == pytest.approx(other["error_after"], rel=1e-3)
 
 
-def test_sequences_between_those_not_seen() -> None:
-    assert _seen(6, [0, 3]) == [slice(1, 3), slice(4, 6)] and _seen(4, [3, 1, 0]) == [slice(2, 3)]
-    assert _seen(3, ()) == [slice(0, 3)] and _seen(1, [0]) == []
-
-
 def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     """Every sequence begins with a token of a thousand times the norm: ordinary tokens are fitted all the same."""
     model = families.make_model("llama")
@@ -284,7 +278,7 @@ def test_massive_tokens(tmp_path: Path, tokens: Tokens) -> None:
     train.input_ids[:, 0] = fresh.input_ids[:, 0] = 1
     recipe = removal(checkpoint)
     plain, relative, uniform = (
-        quality(each, resident, [fresh]).errors[1]
+        quality(each, resident, [fresh])["errors"][1]
         for each in (
             recipe,
             fit_on(recipe, resident, train, settings=DOWN)[0],

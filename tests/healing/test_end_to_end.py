@@ -17,7 +17,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths
-from intarsia.healing.quality import quality
+from intarsia.healing.pipeline import quality
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import Teacher, TeacherSource, TopK
@@ -356,7 +356,7 @@ def test_quality_is_of_the_built_model(family: str, cut: Cut, tokens: Tokens, tm
     found = quality(recipe, LoadedModel(checkpoint, device=CPU), [held_out])
     build_student(recipe, {"base": checkpoint}, tmp_path / "student")
     built = load_model(Checkpoint.open(tmp_path / "student", model="student"), device=CPU)
-    assert found.texts[0].value == pytest.approx(perplexity(built, held_out).value, rel=1e-4)
+    assert found["texts"][0]["value"] == pytest.approx(perplexity(built, held_out).value, rel=1e-4)
     # Layers 0 and 1 are the original's; their hidden states are the original's own.
-    assert found.errors[:2] == pytest.approx([0.0, 0.0], abs=1e-10)
-    assert min(found.errors[2:]) > 1e-3
+    assert found["errors"][:2] == pytest.approx([0.0, 0.0], abs=1e-10)
+    assert min(found["errors"][2:]) > 1e-3

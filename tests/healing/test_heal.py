@@ -26,8 +26,7 @@ from intarsia.commands.recipes import read_recipe
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw
 from intarsia.errors import UserError
-from intarsia.healing.launch import own_device
-from intarsia.healing.training import read_curve
+from intarsia.healing.training import own_device, read_curve
 from intarsia.options import TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe

@@ -47,7 +47,13 @@ def test_a_fit_counts_by_the_error_that_it_leaves(resident_of: InMemory) -> None
         module = twin(resident.layers[2])
         own = module.self_attn.o_proj.weight.detach().clone()
         module.self_attn.o_proj.weight = torch.nn.Parameter(0.5 * own, requires_grad=False)
-        text = LayerText(loop=loop, inputs=lambda rows: entry.h_BTD[rows], targets=lambda rows: wanted[rows], source=2)
+        text = LayerText(
+            loop=loop,
+            inputs=lambda rows: entry.h_BTD[rows],
+            targets=lambda rows: wanted[rows],
+            source=2,
+            sequences=slice(None),
+        )
         settings = ClosedFormSettings(weighting="uniform", ridges=(1e-3,), held_out=4)
         fitter = PartFit(module, "attention", text, settings)
         _, weight, found = fitter.projection("here")

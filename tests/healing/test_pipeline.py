@@ -12,21 +12,25 @@ import numpy as np
 import pytest
 import torch
 
+from intarsia.activations.batches import Batches
+from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
-from intarsia.healing import closed_form, restarts
+from intarsia.healing import closed_form
+from intarsia.healing.closed_form import AS_IT_IS, Start
 from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_stages, run_stages
-from intarsia.healing.restarts import AS_IT_IS, Start
 from intarsia.healing.stages.closed_form import FinalFitSettings
+from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime, TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.registry import heal_stage, heal_stages
 from intarsia.run_dir import RunDir
+from tests import families
 from tests.closed_form_fits import fit_on
 from tests.healing.conftest import LAYERWISE
 
@@ -140,22 +144,31 @@ def test_a_finished_stage_is_only_read_and_its_tensors_go(
 def test_without_more_text_some_sequences_are_set_aside(
     context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: LoadedModel
 ) -> None:
+    """The last sixteenth; what is known of the original on the whole text still serves."""
     made = context(selection=None)
-    assert made.unseen == {8, 24} and len(made.training) == 30
-    assert torch.equal(made.held_out.input_ids, text.calibration.input_ids[[8, 24]])
-    found = run_stages(made, cut, heal_stages.choose_all("closed-form"))
-    by_hand, _ = fit_on(cut, original, text.calibration, settings=FINAL, unseen=[8, 24])
-    assert schema.content_hash(found.recipe) == schema.content_hash(by_hand)
+    assert len(made.calibration) == 30 and torch.equal(made.held_out.input_ids, text.calibration.input_ids[30:])
+    wanted, _ = fit_on(cut, original, made.calibration, settings=FINAL)
+    assert schema.content_hash(run_stages(made, cut, heal_stages.choose_all("closed-form")).recipe) == (
+        schema.content_hash(wanted)
+    )
+    loop = Loop(original, Batches(text.calibration, original.device))
+    with TeacherStates(loop, keep=True) as states:
+        states.learn(range(families.DEPTH + 1))
+        known = context(selection=None, states=states, name="known")
+        assert schema.content_hash(run_stages(known, cut, heal_stages.choose_all("closed-form")).recipe) == (
+            schema.content_hash(wanted)
+        )
+        with known.original_states(known.calibration) as found:
+            found.learn([3])
+            assert found.cost == 0
 
 
-@pytest.mark.parametrize(("sequences", "rows", "unseen"), [(1, [0], set()), (2, [1], {1}), (9, [8], {8})])
-def test_few_sequences_are_shared_out(
-    context: Callable[..., HealContext], sequences: int, rows: list[int], unseen: set[int]
-) -> None:
+@pytest.mark.parametrize(("sequences", "held_out"), [(1, [0]), (2, [1]), (9, [8])])
+def test_few_sequences_are_shared_out(context: Callable[..., HealContext], sequences: int, held_out: list[int]) -> None:
     few = Corpus.of(torch.arange(4 * sequences).view(sequences, 4), description="few", documents=1)
     made = context(calibration=few, selection=None)
-    assert made.unseen == unseen
-    assert torch.equal(made.held_out.input_ids, few.input_ids[rows])
+    assert len(made.calibration) == max(sequences - 1, 1)
+    assert torch.equal(made.held_out.input_ids, few.input_ids[held_out])
 
 
 def test_the_best_of_several_starts_and_killed_within(
@@ -170,7 +183,7 @@ def test_the_best_of_several_starts_and_killed_within(
     assert set(facts["starts"]) == {AS_IT_IS, "with nothing fitted", "other"}
     assert facts["start"] == min(facts["starts"], key=facts["starts"].get)
     fits: list[bool] = []
-    fit = restarts.fit
+    fit = closed_form.fit
 
     def kills(*args: Any, **kwargs: Any) -> Any:
         fits.append(True)
@@ -178,11 +191,11 @@ def test_the_best_of_several_starts_and_killed_within(
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(restarts, "fit", kills)
+    monkeypatch.setattr(closed_form, "fit", kills)
     with pytest.raises(KeyboardInterrupt):
         run_stages(context(starts=(other,), name="killed"), half, stages)
     found = run_stages(context(starts=(other,), name="killed", memory_bytes=1), half, stages)
-    assert len(fits) == 4
+    assert len(fits) == 5  # the last of the starts, and the best one on all of the text
     assert schema.content_hash(found.recipe) == schema.content_hash(wanted.recipe)
     assert found.stages[-1].facts == facts
 

@@ -19,11 +19,9 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.building.materialize import assembled
 from intarsia.commands.job import Job
 from intarsia.commands.planning import Planning, heal_recipe
-from intarsia.healing import restarts
-from intarsia.healing.closed_form import fit
-from intarsia.healing.layer_map import fit_forwards
+from intarsia.healing import closed_form
+from intarsia.healing.closed_form import Start, fit, fit_each, fit_forwards, starts
 from intarsia.healing.pipeline import Healed
-from intarsia.healing.restarts import Start, fit_each, starts
 from intarsia.healing.ridge import USUAL
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import Target, TextSpec
@@ -125,9 +123,9 @@ def test_the_best_fit_comes_first_and_of_equal_ones_the_earlier_start(
     recipes = [recipe_of("llama", LAYERS[:number]) for number in (1, 2, 3, 4)]
     losses = {1: 5.0, 2: 3.0, 3: 3.0, 4: 4.0}
     points = [Start(name=str(len(recipe.layers)), recipe=recipe) for recipe in recipes]
-    monkeypatch.setattr(restarts, "fit", lambda recipe, *_, **__: (recipe, [{"layer": len(recipe.layers)}]))
+    monkeypatch.setattr(closed_form, "fit", lambda recipe, *_, **__: (recipe, [{"layer": len(recipe.layers)}]))
     measure = SimpleNamespace(divergence=lambda recipe: losses[len(recipe.layers)])
-    monkeypatch.setattr(restarts, "NextTokens", lambda *_: measure)
+    monkeypatch.setattr(closed_form, "NextTokens", lambda *_: measure)
     teacher, budget = SimpleNamespace(resident=None), MemoryBudget(0)
     for _ in range(2):  # the second time they are read
         found = fit_each(points, teacher, None, settings=FINAL, folder=tmp_path, memory_budget=budget)  # type: ignore[arg-type]
@@ -138,7 +136,7 @@ def test_the_best_fit_comes_first_and_of_equal_ones_the_earlier_start(
             ("1", 5.0),
         ]
         assert found[0].recipe.layers == recipes[1].layers and found[0].fits == [{"layer": 2}]
-        monkeypatch.setattr(restarts, "fit", None)
+        monkeypatch.setattr(closed_form, "fit", None)
 
 
 def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
@@ -241,11 +239,11 @@ def test_heal_resumes_after_the_fits_that_were_finished(
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr("intarsia.healing.restarts.fit", killed)
+    monkeypatch.setattr("intarsia.healing.closed_form.fit", killed)
     with pytest.raises(KeyboardInterrupt):
         heal(recipe, tmp_path / "out", data)
     heal(recipe, tmp_path / "out", data)
-    assert fits == 3
+    assert fits == 4
     assert [path.name for path in (tmp_path / "out.heal" / "stages" / "1-closed-form").iterdir()] == ["key.json"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]

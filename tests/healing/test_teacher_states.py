@@ -16,10 +16,9 @@ from intarsia.activations.loop import Loop
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
-from intarsia.healing.closed_form import fit
-from intarsia.healing.layer_map import changed_layers, check_teacher, fit_forwards
-from intarsia.healing.settings import ClosedFormSettings
-from intarsia.healing.teacher import TeacherStates
+from intarsia.healing.closed_form import fit, fit_forwards
+from intarsia.healing.settings import ClosedFormSettings, changed_layers
+from intarsia.healing.teacher import TeacherStates, check_teacher
 from intarsia.recipe.recipe import Recipe
 from tests.closed_form_fits import fit_on
 from tests.conftest import InMemory, Opened

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +91,7 @@ def test_standing() -> None:
 def test_bad_settings_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         LayerwiseSettings(epochs=0, lr=-1.0, kl=0.0, mse=0.0, weighting="loud")  # type: ignore[arg-type]
-    assert [problem.message.partition(" is ")[0] for problem in caught.value.problems] == [
+    assert [re.split(" is | takes ", problem.message)[0] for problem in caught.value.problems] == [
         "--epochs",
         "--layer-lr",
         "--layer-kl + --layer-mse + --layer-cosine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
+from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings
 from intarsia.pruning.prune import prune
-from intarsia.pruning.step import Planner
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.pruning.step import Change, Planner, Step
+from intarsia.recipe.recipe import Op, Recipe, Variant, identity
 from intarsia.registry import planners
 from intarsia.run_dir import RunDir
 from tests import families
@@ -105,3 +106,15 @@ def ladder_of(
 def kept_layers(run: Ladder, depth: int) -> list[int]:
     """The original layers that a recipe selects."""
     return [op.sources[0].layer for op in run.recipe(depth).layers]
+
+
+def losses_with(
+    model: Intermediate, start: int, count: int, ops: Sequence[Op], *, sequences: slice | None = None
+) -> torch.Tensor:
+    """Summed loss of each sequence if `ops` stood in the place of `count` layers."""
+    return next(model.losses_with([Change(start=start, count=count, ops=tuple(ops))], sequences=sequences))
+
+
+def take(healer: StepHealer, start: int, count: int, op: Op | None) -> dict[str, Any]:
+    """What the healer reports of one step that it takes."""
+    return healer.take([Step(start=start, count=count, op=op, evidence={})])[1]

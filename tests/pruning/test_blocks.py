@@ -16,7 +16,6 @@ from intarsia.commands.planning import Planning, heal_recipe
 from intarsia.options import EvalSpec, Runtime, Target, TextSpec
 from intarsia.progress import Display
 from intarsia.pruning.blocks import best_blocks, starts_of
-from intarsia.pruning.candidates import losses_with
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.methods.sleb import SlebSettings
 from intarsia.recipe.algebra import half_layers
@@ -25,6 +24,7 @@ from intarsia.registry import heal_stages, planners
 from intarsia.run_dir import RunDir
 from tests import families
 from tests.conftest import Folder, InMemory
+from tests.pruning.by_hand import losses_with
 from tests.pruning.test_in_loop import written_by
 from tests.recipes_by_hand import recipe_of, select
 
@@ -123,7 +123,7 @@ def test_the_card_and_the_report_say_where_healing_started(
 ) -> None:
     """The original without a block, and not the method's merges: so nothing is said to be joined."""
     measure = SimpleNamespace(divergence=lambda _: next(values))
-    monkeypatch.setattr("intarsia.healing.restarts.NextTokens", lambda *_: measure)
+    monkeypatch.setattr("intarsia.healing.closed_form.NextTokens", lambda *_: measure)
     accepted = property(lambda result: 1.0 if result.recipe.fitted else 2.0)
     monkeypatch.setattr("intarsia.healing.pipeline.StageResult.perplexity", accepted)
     values = iter([2.0, 1.0])

@@ -13,9 +13,8 @@ import torch
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning import finalists
+from intarsia.pruning import heal_in_loop
 from intarsia.pruning.efforts import method_of
-from intarsia.pruning.finalists import settle
 from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
@@ -27,7 +26,7 @@ from intarsia.recipe.recipe import Op, Variant, identity
 from intarsia.registry import planners
 from tests import families
 from tests.conftest import InMemory, Opened
-from tests.pruning.by_hand import climb, ladder_in, planner_of
+from tests.pruning.by_hand import climb, ladder_in, losses_with, planner_of, take
 from tests.pruning.test_in_loop import SETTINGS, written_by
 from tests.pruning.test_race import Track, noisy
 from tests.recipes_by_hand import select, shared
@@ -66,7 +65,8 @@ def test_every_removal_is_tried_once_with_its_loss(resident_of: InMemory) -> Non
     assert dropped == list(range(6)) and [entry["ratios"] for entry in grid[6:]] == [[0.5, 0.5]] * 2
     for entry in grid[:6]:
         bare = measured(resident, [*WHOLE[: entry["start"]], *WHOLE[entry["start"] + 1 :]])
-        assert entry["dropped"] == 1 and entry["loss"] == pytest.approx(bare.loss, rel=1e-6)
+        loss = float(losses_with(bare, bare.depth, 0, []).sum() / bare.counts_N.sum())
+        assert entry["dropped"] == 1 and entry["loss"] == pytest.approx(loss, rel=1e-6)
     best = min(grid, key=lambda entry: entry["loss"])
     assert step.start == best["start"] and (step.op is None) == ("dropped" in best)
 
@@ -177,10 +177,10 @@ def test_the_best_healed_model_is_taken(family: str, resident_of: InMemory) -> N
     steps = steps_of(resident)
     for step in steps:
         model = measured(resident, list(WHOLE))
-        healer = StepHealer(model, SETTINGS).replace(step.start, step.count, step.op)
+        healer = take(StepHealer(model, SETTINGS), step.start, step.count, step.op)
         found.append((min(healer["held_out_loss"]), healer, model))
     model = measured(resident, list(WHOLE))
-    chosen, report = settle(StepHealer(model, SETTINGS), steps)
+    chosen, report = StepHealer(model, SETTINGS).take(steps)
     number = min(range(4), key=lambda index: found[index][0])
     assert chosen is steps[number]
     _, healer, wanted = found[number]
@@ -204,12 +204,12 @@ def test_a_trial_leaves_the_model_as_it_was(resident_of: InMemory) -> None:
     ops: list[Op] = [select(0), select(1), select(2), joined, select(5)]
     both = Step(start=2, count=2, op=joined, evidence={})
     other = Step(start=4, count=1, op=None, evidence={})
-    alone = settle(StepHealer(measured(resident, list(ops)), SETTINGS), [other])[1]["finalists"][0]["held_out_loss"]
+    alone = take(StepHealer(measured(resident, list(ops)), SETTINGS), 4, 1, None)["held_out_loss"]
     model = measured(resident, list(ops))
     spent = model.layer_forwards
-    _, report = settle(StepHealer(model, SETTINGS), [both, other])
+    _, report = StepHealer(model, SETTINGS).take([both, other])
     assert report["finalists"][1]["held_out_loss"] == alone
-    by_itself = StepHealer(measured(resident, list(ops)), SETTINGS).replace(2, 2, joined)
+    by_itself = take(StepHealer(measured(resident, list(ops)), SETTINGS), 2, 2, joined)
     assert report["finalists"][0]["held_out_loss"] == pytest.approx(by_itself["held_out_loss"], rel=1e-6)
     # The original, which was not what was measured; `both`: 3 + 1 + 3 fits and between, twice what comes after, and
     # what was measured again; `other`: 3 fits, and nothing after it (its layer stands before the last one).
@@ -227,14 +227,14 @@ def test_candidates_are_scored_on_sequences_that_no_fit_sees(
     resident = resident_of("llama")
     model = measured(resident, list(WHOLE))
     rows: list[list[int]] = []
-    losses_after = finalists.losses_after
+    losses_after = heal_in_loop.losses_after
 
     def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
         rows.append(list(some))
         return losses_after(of, start, some)
 
-    monkeypatch.setattr(finalists, "losses_after", looks)
-    settle(StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)), steps_of(resident)[:2])
+    monkeypatch.setattr(heal_in_loop, "losses_after", looks)
+    StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)).take(steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 
 
@@ -250,8 +250,8 @@ def test_what_they_do_not_go_with() -> None:
     with pytest.raises(UserError) as caught:
         ComePSettings(finalists=3, spans=0)
     assert [problem.message for problem in caught.value.problems] == [
-        "--spans is 0; it is at least 1.",
-        "--finalists is given without --heal-in-loop.",
+        "--spans is 0; expected is a whole number, 1 or more.",
+        "--finalists is 3; expected is 1 without --heal-in-loop.",
     ]
     with pytest.raises(UserError, match="--heal-in-loop"):
         planners.choose_all("sleb,come-p[finalists=2]")

@@ -1,4 +1,4 @@
-"""Run folders: what is in them, and that a run which was stopped anywhere ends as one that was not."""
+"""Plans in run folders: logged, stopped, resumed, described in lines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
-from intarsia.recipe.recipe import Recipe, Variant, identity
+from intarsia.pruning.step import describe, mlp_pieces, of_experts, step_line
+from intarsia.recipe.recipe import Concat, Cut, Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
 from tests.pruning.by_hand import climb, ladder_in, planner_of
 from tests.pruning.conftest import corpus_of
-from tests.recipes_by_hand import recipe_of, select
+from tests.recipes_by_hand import recipe_of, ref, select
 
 SETTINGS = {"model": "m", "tokens": 512, "planner": {"merge": 2, "norm": "fold"}, "dtype": None}
 
@@ -119,26 +120,15 @@ def test_going_further_is_going_on(resident_of: InMemory, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["come", "come-p"])
-def test_reusing_the_prefix_changes_the_cost_and_nothing_else(
-    method: str, resident_of: InMemory, tmp_path: Path
-) -> None:
-    resident = resident_of("llama")
-    spent = {}
-    for reuse in (True, False):
-        run = ladder_in(tmp_path / str(reuse), SETTINGS)
-        model = Intermediate(resident, corpus_of(), whole().layers, reuse_prefix=reuse)
-        climb(planner_of(method, ComePSettings(granularity=5, spans=1)), model, whole(), 2, run)
-        spent[reuse] = sum(entry["layer_forwards"] for entry in run.log())
-        assert spent[reuse] == pytest.approx(model.layer_forwards)
-    assert contents(tmp_path / "True") == contents(tmp_path / "False")
-    assert log_of(tmp_path / "True") == log_of(tmp_path / "False")
-    # By hand: the whole model once, then per step and candidate either all layers or those from the merge on.
-    starts = [entry["merged"][0] for entry in Ladder(tmp_path / "True").log()]
-    grids = [len(entry["evidence"].get("grid", [])) for entry in Ladder(tmp_path / "True").log()]
-    depths = [5, 4, 3, 2]
-    assert spent[False] == pytest.approx(6 + sum((1 + g) * depth for depth, g in zip(depths, grids, strict=True)))
-    behind = [depth - start for depth, start in zip(depths, starts, strict=True)]
-    assert spent[True] == pytest.approx(6 + sum((1 + g) * rest for rest, g in zip(behind, grids, strict=True)))
+def test_only_layers_after_a_change_are_run(method: str, resident_of: InMemory, tmp_path: Path) -> None:
+    """By hand: the whole model once, then per step and candidate those from the merge on."""
+    run = ladder_in(tmp_path / "run", SETTINGS)
+    model = Intermediate(resident_of("llama"), corpus_of(), whole().layers)
+    climb(planner_of(method, ComePSettings(granularity=5, spans=1)), model, whole(), 2, run)
+    log = run.log()
+    spent = sum(entry["layer_forwards"] for entry in log)
+    after = [(1 + len(entry["evidence"].get("grid", []))) * (entry["layers"] - entry["merged"][0]) for entry in log]
+    assert spent == pytest.approx(model.layer_forwards) == pytest.approx(6 + sum(after))
 
 
 def test_the_log_says_how_it_was_decided(resident_of: InMemory, tmp_path: Path) -> None:
@@ -236,3 +226,36 @@ def test_a_depth_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="5, 3"):
         run.recipe(4)
     assert len(run.recipe(3).layers) == 3
+
+
+HALVES = {"attention": 0.5, "mlp": 0.5}
+
+
+@pytest.fixture
+def joined() -> Concat:
+    """Layers 1 and 2: one KV group of each, 3 and 5 pieces of the MLP."""
+    return Concat(
+        cuts=(
+            Cut(source=ref(1), kv_groups=(0,), channels=(1, 2, 3), weights=HALVES),
+            Cut(source=ref(2), kv_groups=(1,), channels=(0, 4, 5, 6, 7), weights=HALVES),
+        )
+    )
+
+
+@pytest.mark.parametrize(("mixture", "name"), [(False, "channels"), (True, "experts")])
+def test_a_step_for_a_person(mixture: bool, name: str, joined: Concat) -> None:
+    line = step_line(5, 1, joined, 2.5, mixture=mixture)
+    wanted = f"merged into 1 (1 groups, 3 {name}) + 2 (1 groups, 5 {name})"
+    assert line == f"5 layers: at 1, {wanted}, calibration loss 2.5000"
+    assert step_line(4, 3, None, None, mixture=mixture) == "4 layers: at 3, dropped"
+    assert step_line(4, 3, select(3), None, mixture=mixture) == "4 layers: at 3, merged into 3 (whole)"
+
+
+def test_the_log_has_the_codecs_own_word(joined: Concat) -> None:
+    described = describe(joined)
+    assert list(described.values()) == [{"kv_groups": 1, "channels": 3}, {"kv_groups": 1, "channels": 5}]
+
+
+def test_a_recipe_says_whether_its_pieces_are_experts() -> None:
+    assert of_experts({"mlp_pieces": mlp_pieces(True)})
+    assert not of_experts({}) and not of_experts({"mlp_pieces": mlp_pieces(False)})

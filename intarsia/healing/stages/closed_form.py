@@ -36,7 +36,7 @@ class FinalFitSettings(ClosedFormSettings):
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
         """Passes of the whole model over a text of `tokens` tokens that a fit from a number of starts takes."""
-        from intarsia.healing.layer_map import fit_passes_at_most
+        from intarsia.healing.closed_form import fit_passes_at_most
 
         share = _TRIAL if self.trial_tokens is None else min(1.0, self.trial_tokens / min(tokens, self.tokens))
         fits = 1.0 if starts == 1 else starts * share + (share < 1.0)
@@ -50,15 +50,13 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     Of several starting points each is fitted on a few tokens, and the one that is nearest to the original on the
     selection text is fitted on all.
     """
-    from intarsia.healing.closed_form import fit
-    from intarsia.healing.layer_map import fit_forwards
-    from intarsia.healing.restarts import AS_IT_IS, fit_each, starts
+    from intarsia.healing.closed_form import AS_IT_IS, fit, fit_each, fit_forwards, starts
     from intarsia.healing.ridge import USUAL
     from intarsia.progress import current
 
     architecture = context.variants[recipe.base].architecture
     text = _first(context.calibration, settings.tokens)
-    common: dict[str, Any] = {"unseen": context.unseen, "memory_budget": context.memory_budget}
+    common: dict[str, Any] = {"memory_budget": context.memory_budget}
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))

@@ -63,10 +63,7 @@ class EndToEndSettings(Pace):
         yield from super().checks()
         yield self.weights("logits", "hidden", "cross_entropy")
         yield 0.0 < self.temperature < float("inf"), ("temperature",), "a number above 0"
-        for name in ("top_k", "lora", "micro_tokens"):
-            value = getattr(self, name)
-            yield value is None or value >= 1, (name,), "a whole number, 1 or more"
-        yield self.precision in ("auto", "bf16", "no"), ("precision",), "one of auto, bf16, no"
+        yield from self.at_least(1, "top_k", "lora", "micro_tokens")
 
 
 def check(settings: EndToEndSettings) -> None:
@@ -108,7 +105,7 @@ def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings)
     found, reports = train(
         recipe,
         context.variants,
-        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
+        Text.of(context.calibration, context.held_out, turns=context.turns(settings.loss_on)),
         teacher,
         settings=settings,
         folder=context.folder,

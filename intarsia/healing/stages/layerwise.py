@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal
 
 from intarsia.flags import flag, token_count
 from intarsia.healing.settings import Check, Layers, Pace, Weighting
@@ -13,8 +13,6 @@ from intarsia.registry import heal_stage
 if TYPE_CHECKING:
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
-
-Inputs: TypeAlias = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,7 @@ class LayerwiseSettings(Pace):
     weighting: Weighting = "relative"
     # Inputs of a layer: hidden states of the `student`, from the layers trained before it, so that it learns to correct
     # what they left; or of the `teacher`, as published, so that layers are independent of each other.
-    inputs: Inputs = flag("student", "--layer-inputs")
+    inputs: Literal["student", "teacher"] = flag("student", "--layer-inputs")
     # Layers that are trained: those that were changed, or also every layer after the first of them.
     layers: Layers = flag("spans", "--train-layers")
     # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
@@ -46,8 +44,6 @@ class LayerwiseSettings(Pace):
         """What must hold."""
         yield from super().checks()
         yield self.weights("kl", "mse", "cosine")
-        for name, known in (("weighting", Weighting), ("inputs", Inputs), ("layers", Layers)):
-            yield getattr(self, name) in get_args(known), (name,), f"one of {', '.join(get_args(known))}"
 
 
 @heal_stage("layerwise", settings=LayerwiseSettings, paper="2510.15304")
@@ -59,7 +55,7 @@ def layerwise(context: HealContext, recipe: Recipe, settings: LayerwiseSettings)
     found, reports = train(
         recipe,
         context.resident,
-        Text.of(context.training, context.held_out, turns=context.turns(settings.loss_on)),
+        Text.of(context.calibration, context.held_out, turns=context.turns(settings.loss_on)),
         settings=settings,
         teacher=context.teaching,
         folder=context.folder,

@@ -7,16 +7,15 @@ over all layers that are merged. `--preset paper` does what was published, but f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from intarsia import progress
 from intarsia.architecture.spec import PARTS, Architecture, Part
-from intarsia.errors import check
+from intarsia.healing.settings import Check
 from intarsia.pruning import scores as allocate
-from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, one_attention_type, strides
+from intarsia.pruning.step import Change, Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import concat_of, merge_of
 from intarsia.recipe.recipe import NormMode, Op, Select, sources_of
 from intarsia.registry import planner
@@ -67,18 +66,12 @@ class ComeSettings(ProgressiveSettings):
         "paper": {"norm": "average", "after_final_norm": True, "one_layer_distance": True}
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        dominant = self.dominance is None or 0.0 < self.dominance <= 1.0
-        check(
-            (self.merge >= 2, f"--merge is {self.merge}; at least 2 layers are merged.", "Give 2 or more."),
-            (
-                0.0 <= self.sharpness < float("inf"),
-                f"--sharpness is {self.sharpness}; it is at least 0.",
-                "Give a number such as 1 or 2.",
-            ),
-            (dominant, f"--dominance is {self.dominance}; it is above 0 and at most 1.", "Give one such as 0.5."),
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(2, "merge")
+        yield 0.0 <= self.sharpness < float("inf"), ("sharpness",), "a number, 0 or more"
+        yield self.dominance is None or 0.0 < self.dominance <= 1.0, ("dominance",), "a number above 0, at most 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +185,6 @@ class Come(Progressive):
         """Layer-forwards of trying candidates; `after` is the depth that a step leads to."""
         return 0
 
-    def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Layer-forwards of healing a step."""
-        from intarsia.pruning.heal_in_loop import step_heal_forwards
-
-        return step_heal_forwards(architecture, self.in_loop, current)
-
     def _about(self, model: Intermediate, chosen: Candidate) -> dict[str, Any]:
         """What is logged of a step itself."""
         if chosen.op is None:
@@ -217,8 +204,11 @@ class Come(Progressive):
         return one_attention_type(model, ops)
 
     def _span_scores(self, model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
-        if self.settings.span_choice == "sleb":
-            return _skipped(model, allowed, count)
+        if self.settings.span_choice == "sleb":  # the calibration loss without each span
+            skips = model.losses_with(Change(start=start, count=count, ops=()) for start in allowed)
+            return {
+                start: float(sums_N.sum() / model.counts_N.sum()) for start, sums_N in zip(allowed, skips, strict=True)
+            }
         length = 1 if self.settings.one_layer_distance else count
         return {start: model.span_distance(start, length, self.settings.distance) for start in allowed}
 
@@ -253,16 +243,3 @@ class Come(Progressive):
             architecture=model.architecture,
             fuse=self.settings.combine == "fuse",
         )
-
-
-def _skipped(model: Intermediate, allowed: Sequence[int], count: int) -> dict[int, float]:
-    """The calibration loss without each span."""
-    from intarsia.pruning.candidates import Change, losses_of
-
-    scores: dict[int, float] = {}
-    skips = [Change(start=start, count=count, ops=()) for start in allowed]
-    with progress.current().task("skipping spans", len(allowed)) as task:
-        for start, sums_N in zip(allowed, losses_of(model, skips), strict=True):
-            scores[start] = float(sums_N.sum() / model.counts_N.sum())
-            task.advance()
-    return scores

@@ -16,12 +16,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from intarsia.architecture.spec import Architecture
-from intarsia.errors import check
+from intarsia.healing.settings import Check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
-from intarsia.pruning.race import best_of_groups, mean_loss, race, share_at_most
-from intarsia.pruning.step import without_half_layers
+from intarsia.pruning.race import best_of_groups, mean_loss, share_at_most
+from intarsia.pruning.step import Change, without_half_layers
 from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
 
@@ -60,29 +59,14 @@ class ComePSettings(ComeSettings):
         },
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = [("granularity", 1), ("spans", 1), ("finalists", 1)]
-        check(
-            *(
-                (
-                    getattr(self, name) >= least,
-                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
-                    "Give a greater number.",
-                )
-                for name, least in counts
-            ),
-            (
-                not self.half_layers or self.combine != "weight-sum",
-                "--half-layers joins pieces of layers, which --combine weight-sum does not.",
-                "Leave one of them out.",
-            ),
-            (
-                self.heal_in_loop or self.finalists == 1,
-                "--finalists is given without --heal-in-loop.",
-                "Give both, or neither.",
-            ),
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(1, "granularity", "spans", "finalists")
+        if self.half_layers:
+            yield self.combine != "weight-sum", ("combine",), "concat or fuse: half layers join pieces"
+        if not self.heal_in_loop:
+            yield self.finalists == 1, ("finalists",), "1 without --heal-in-loop"
 
 
 @planner("come-p", settings=ComePSettings, paper="2510.15304")
@@ -93,7 +77,7 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
-        self.joins = not settings.removals
+        self.joins, self.candidates_healed = not settings.removals, settings.finalists
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
@@ -102,17 +86,16 @@ class ComeP(Come):
         drops, halves = self.settings.removals, self.settings.half_layers
         if not ranked and not drops:
             return [], {}
-        spans = {
-            start: [pieces(index) for index in range(start, start + count)] for start in ranked[: self.settings.spans]
-        }
-        tried = distinct(
-            model,
-            [
-                *(removals(model, count - 1) if drops else ()),
-                *(self._half_removals(model, ranked, count) if halves else ()),
-                *self._merges(model, spans),
-            ],
-        )
+        spans = ranked[: self.settings.spans]
+        every = [
+            Candidate(start=start, count=count - 1, op=None) for start in (model.droppable(count - 1) if drops else ())
+        ]
+        every += self._half_removals(model, ranked, count) if halves else ()
+        for start in spans:
+            scores = [pieces(index) for index in range(start, start + count)]
+            grid = allocate.share_grid(count, self.settings.granularity)
+            every += [self.candidate(model, start, scores, shares) for shares in grid]
+        tried = distinct(model, every)
         if not tried:
             return [], {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
@@ -128,7 +111,29 @@ class ComeP(Come):
     def _raced(
         self, model: Intermediate, tried: Sequence[Candidate], title: str
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        return raced(model, tried, self.settings.finalists, racing=self.settings.racing, title=title)
+        """The candidates of least calibration loss, each of which removes something else; and what all showed."""
+        number = self.settings.finalists
+        changes = [
+            Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried
+        ]
+
+        def group(index: int) -> Hashable:
+            return _removed(tried[index])
+
+        best, sums = model.race(changes, racing=self.settings.racing, keep=number, group=group, title=title)
+        shown = [
+            {
+                "start": each.start,
+                **({"dropped": each.count} if each.op is None else {}),
+                "ratios": list(each.shares),
+                **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
+                "sequences": sums[index].numel(),
+                "loss": mean_loss(sums[index], model.counts_N),
+            }
+            for index, each in enumerate(tried)
+        ]
+        chosen = [best] if number == 1 else best_of_groups(sums, number, group)
+        return [tried[index] for index in chosen], shown
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
         """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
@@ -137,12 +142,6 @@ class ComeP(Come):
         racing, finalists = self.settings.racing, self.settings.finalists
         share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
         return share * (ratios * after + drops * after / 2)
-
-    def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Every finalist is healed."""
-        from intarsia.pruning.heal_in_loop import step_heal_forwards
-
-        return step_heal_forwards(architecture, self.in_loop, current, finalists=self.settings.finalists)
 
     def _half_removals(self, model: Intermediate, starts: Sequence[int], count: int) -> Iterator[Candidate]:
         """Every removal from the MLP of a layer to the attention of the last of `count` layers."""
@@ -179,18 +178,6 @@ class ComeP(Come):
                 if -1e-9 < a < 1 + 1e-9 and -1e-9 < m < 1 + 1e-9:
                     yield self.candidate(model, start, scores, (a, 1.0 - a), (m, 1.0 - m))
 
-    def _merges(self, model: Intermediate, spans: Mapping[int, Sequence[Scores]]) -> Iterator[Candidate]:
-        """Every ratio of the grid, of every span."""
-        for start, scores in spans.items():
-            for shares in allocate.share_grid(len(scores), self.settings.granularity):
-                yield self.candidate(model, start, scores, shares)
-
-
-def removals(model: Intermediate, count: int) -> Iterable[Candidate]:
-    """Every removal of `count` adjacent layers."""
-    for start in model.droppable(count):
-        yield Candidate(start=start, count=count, op=None)
-
 
 def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candidate]:
     """Of those that lead to the same layers the first: two ratios may round to the same counts, and two spans may drop
@@ -201,42 +188,6 @@ def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candi
         layers = (*model.ops[: each.start], *put_in, *model.ops[each.start + each.count :])
         found.setdefault(layers, each)
     return list(found.values())
-
-
-def raced(
-    model: Intermediate, tried: Sequence[Candidate], number: int, *, racing: bool, title: str
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """The `number` candidates of least calibration loss, each of which removes something else; and what all showed."""
-    from intarsia.pruning.candidates import Change, losses_of
-
-    changes = [Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried]
-
-    def group(index: int) -> Hashable:
-        return _removed(tried[index])
-
-    best, sums = race(
-        range(len(tried)),
-        lambda some, part: losses_of(model, [changes[index] for index in some], sequences=part),
-        model.counts_N,
-        racing=racing,
-        keep=number,
-        group=group,
-        title=title,
-    )
-    losses = {index: mean_loss(found, model.counts_N) for index, found in sums.items()}
-    shown = [
-        {
-            "start": each.start,
-            **({"dropped": each.count} if each.op is None else {}),
-            "ratios": list(each.shares),
-            **({"mlp_ratios": list(each.mlp_shares)} if each.mlp_shares != each.shares else {}),
-            "sequences": sums[index].numel(),
-            "loss": losses[index],
-        }
-        for index, each in enumerate(tried)
-    ]
-    chosen = [best] if number == 1 else best_of_groups(sums, number, group)
-    return [tried[index] for index in chosen], shown
 
 
 def _removed(candidate: Candidate) -> Hashable:

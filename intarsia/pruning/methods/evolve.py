@@ -7,13 +7,11 @@ the original's next tokens, and the parent stays unless one of them is better on
 Deviations: sub-blocks are dropped so that whole layers are left, each an attention and a later or its own MLP, which
 makes the result a stock checkpoint (published: any, as many attentions as MLPs); so a switch moves a pair of adjacent
 ones. The search starts from the best of random choices, the layers of least influence and every block of adjacent
-layers (published: random choices). Stages see parts of one calibration text, and what a model lost on a sequence is not
-measured twice (published: samples of a large text).
+layers (published: random choices). Stages see parts of one calibration text (published: samples of a large text).
 
 A model is run from the original's hidden states before its first change. What was evaluated is logged, so a search that
 was stopped repeats none of it.
 
-Shape suffix: `N` sequences.
 """
 
 from __future__ import annotations
@@ -27,15 +25,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import check
-from intarsia.pruning.step import Criterion, Planner, PlanSettings, Step, without_half_layers
+from intarsia.healing.settings import Check
+from intarsia.progress import current
+from intarsia.pruning.step import Change, Criterion, Planner, PlanSettings, Step, without_half_layers
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from intarsia.pruning.candidates import Change
     from intarsia.pruning.intermediate import Intermediate
 
 Kept: TypeAlias = tuple[int, ...]
@@ -68,19 +65,11 @@ class EvolveSettings(PlanSettings):
     # Seed of the search.
     search_seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = [("generations", 0), ("offspring", 1), ("switches", 1), ("initial", 0), ("finalists", 1)]
-        check(
-            *(
-                (
-                    getattr(self, name) >= least,
-                    f"--{name} is {getattr(self, name)}; it is at least {least}.",
-                    "Give a greater number.",
-                )
-                for name, least in counts
-            )
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(0, "generations", "initial")
+        yield from self.at_least(1, "offspring", "switches", "finalists")
 
 
 @planner("evolve", settings=EvolveSettings, paper="2410.14649")
@@ -104,10 +93,10 @@ class Evolve(Planner):
         evidence = {
             "dropped": words_of(best, model.depth),
             "losses": losses,
-            "evaluated": len(search.sums),
+            "evaluated": len({kept for kept, _, _ in search.losses}),
             "others": [kept for kept in search.ranked() if kept != best][: self.finalists - 1],
         }
-        model.progress.say(f"dropped: {evidence['dropped']}")
+        current().say(f"dropped: {evidence['dropped']}")
         return [Step(start=first // 2, count=model.depth - target, op=None, whole=ops, evidence=evidence)]
 
     def other_finalists(
@@ -133,8 +122,8 @@ class _Search:
     """One search under way.
 
     Attributes:
-        sums: of every model so far, its summed loss on each sequence `[N]`; NaN where it was not evaluated.
-        logged: what an earlier run of the same search found, by model and sequences.
+        losses: the summed loss of every model so far on the sequences that it was run on, from one to before another.
+        logged: the same, from an earlier run of the same search.
     """
 
     def __init__(self, planner: Evolve, model: Intermediate, target: int) -> None:
@@ -142,15 +131,15 @@ class _Search:
         self.depth, self.number = model.depth, model.rows.stop
         assert self.depth == model.architecture.n_layers, "the search starts from the whole model"
         self.random = random.Random(self.settings.search_seed)
-        self.sums: dict[Kept, Tensor] = {}
+        self.losses: dict[tuple[Kept, int, int], float] = {}
         entries = [] if self.journal is None else self.journal.entries()
-        self.logged = {(tuple(entry["kept"]), *entry["rows"]): entry["sums"] for entry in entries}
+        self.logged = {(tuple(entry["kept"]), *entry["rows"]): entry["loss"] for entry in entries}
         self._joined: dict[tuple[int, int], Op | None] = {}
 
     def run(self) -> tuple[Kept, list[float]]:
         """The best model, and the loss of the best one after each generation."""
         generations, removed = self.settings.generations, self.depth - self.target
-        with self.model.progress.task("evolving", 1 + generations, units=removed) as task:
+        with current().task("evolving", 1 + generations, units=removed) as task:
             best = self._select(self._initial(), None)
             losses = [self._loss(best)]
             for _ in range(generations):
@@ -163,7 +152,7 @@ class _Search:
 
     def ranked(self) -> list[Kept]:
         """The models that were evaluated on all of the text, the best first."""
-        known = [kept for kept, sums_N in self.sums.items() if not bool(sums_N.isnan().any())]
+        known = [kept for kept, start, stop in self.losses if (start, stop) == (0, self.number)]
         return sorted(known, key=self._loss)
 
     def ops(self, kept: Kept) -> tuple[Op, ...] | None:
@@ -205,8 +194,8 @@ class _Search:
                 most, kept = self.settings.switches, parent
                 for _ in range(min(self.random.randint(1, most), self.random.randint(1, most))):
                     kept = self._switched(kept)
-                known = kept in self.sums and not bool(self.sums[kept].isnan().any())
-                if kept not in found and not known and self.ops(kept) is not None:
+                known = kept in found or (kept, 0, self.number) in self.losses
+                if not known and self.ops(kept) is not None:
                     found[kept] = None
                     break
         return list(found)
@@ -223,43 +212,32 @@ class _Search:
         number = len(tried)
         for size, left in _sizes(number, self.number):
             start = self.random.randrange(self.number - size + 1)
-            rows = slice(start, start + size)
-            self._evaluate(tried, rows)
-            sums = {kept: float(self.sums[kept][rows].sum()) for kept in tried}
-            tried = sorted(tried, key=sums.__getitem__)[:left]
-        whole = slice(0, self.number)
-        self._evaluate(tried, whole)
+            losses = self._evaluate(tried, slice(start, start + size))
+            tried = sorted(tried, key=losses.__getitem__)[:left]
+        self._evaluate(tried, slice(0, self.number))
         return min([*([] if parent is None else [parent]), *tried], key=self._loss)
 
     def _loss(self, kept: Kept) -> float:
         """What it lost a token, on all of the text."""
-        return float(self.sums[kept].sum() / self.model.counts_N.sum())
+        return self.losses[kept, 0, self.number] / float(self.model.counts_N.sum())
 
-    def _evaluate(self, tried: Sequence[Kept], rows: slice) -> None:
-        """Run models on the sequences on which they were not."""
-        import torch
+    def _evaluate(self, tried: Sequence[Kept], rows: slice) -> dict[Kept, float]:
+        """The summed loss of models on some sequences; those that were run on them before are not run again."""
 
-        from intarsia.pruning.candidates import losses_of
+        def key(kept: Kept) -> tuple[Kept, int, int]:
+            return kept, rows.start, rows.stop
 
-        missing: dict[tuple[int, int], list[Kept]] = {}
-        for kept in tried:
-            sums_N = self.sums.setdefault(kept, torch.full((self.number,), math.nan, dtype=torch.float64))
-            for run in _runs([row for row in range(rows.start, rows.stop) if sums_N[row].isnan()]):
-                missing.setdefault(run, []).append(kept)
-        for run, models in missing.items():
-            part, new = slice(*run), [kept for kept in models if (kept, *run) not in self.logged]
-            found = losses_of(self.model, [self._change(kept) for kept in new], sequences=part) if new else ()
-            for kept, sums_N in zip(new, found, strict=True):
-                self.logged[(kept, *run)] = sums_N.tolist()
-                if self.journal is not None:
-                    self.journal.append({"kept": kept, "rows": run, "sums": self.logged[(kept, *run)]})
-            for kept in models:
-                self.sums[kept][part] = torch.tensor(self.logged[(kept, *run)], dtype=torch.float64)
+        new = [kept for kept in tried if key(kept) not in self.logged]
+        found = self.model.losses_with(map(self._change, new), sequences=rows) if new else ()
+        for kept, sums_N in zip(new, found, strict=True):
+            self.logged[key(kept)] = float(sums_N.sum())
+            if self.journal is not None:
+                self.journal.append({"kept": kept, "rows": key(kept)[1:], "loss": self.logged[key(kept)]})
+        self.losses |= {key(kept): self.logged[key(kept)] for kept in tried}
+        return {kept: self.logged[key(kept)] for kept in tried}
 
     def _change(self, kept: Kept) -> Change:
         """A model, as what it is after the layers that it has in common with the original."""
-        from intarsia.pruning.candidates import Change
-
         ops = self.ops(kept)
         assert ops is not None
         first = next((index for index, op in enumerate(ops) if op != self.model.ops[index]), len(ops))

@@ -20,14 +20,14 @@ notebook does, all but the norms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from intarsia.architecture.spec import Architecture
-from intarsia.errors import check
 from intarsia.flags import flag
-from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, one_attention_type, strides
+from intarsia.healing.settings import Check
+from intarsia.pruning.step import Change, Progressive, ProgressiveSettings, Step, one_attention_type, strides
 from intarsia.recipe.algebra import merge_of
 from intarsia.recipe.recipe import LayerRef, Op, Select
 from intarsia.registry import planner
@@ -63,20 +63,14 @@ class LacoSettings(ProgressiveSettings):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"formula": "notebook"}}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low = self.highest is not None and self.highest <= self.lowest
-        check(
-            (self.merge >= 2, f"--laco-merge is {self.merge}; at least 2 layers are merged.", "Give 2 or more."),
-            (
-                -1.0 <= self.threshold <= 1.0,
-                f"--laco-threshold is {self.threshold}; it is a similarity between -1 and 1.",
-                "Give one such as 0.65.",
-            ),
-            (self.interval >= 1, f"--laco-interval is {self.interval}; it is at least 1.", "Give 1 or more."),
-            (self.lowest >= 0, f"--laco-lowest is {self.lowest}; layers are counted from 0.", "Give 0 or more."),
-            (not low, f"--laco-highest is {self.highest}; --laco-lowest is {self.lowest}.", "Give a greater one."),
-        )
+    def checks(self) -> Iterator[Check]:
+        """What must hold."""
+        yield from super().checks()
+        yield from self.at_least(2, "merge")
+        yield -1.0 <= self.threshold <= 1.0, ("threshold",), "a similarity between -1 and 1"
+        yield from self.at_least(1, "interval")
+        yield from self.at_least(0, "lowest")
+        yield from self.at_least(self.lowest + 1, "highest")
 
 
 @planner("laco", settings=LacoSettings, paper="2402.11187")
@@ -120,15 +114,13 @@ class Laco(Progressive):
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
         """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
-        from intarsia.pruning.heal_in_loop import step_heal_forwards
-
         depth = architecture.n_layers
         share = min(1.0, SEQUENCES / sequences)
         return (
             depth
             + math.ceil(share * depth)
             + sum(
-                math.ceil(share * current * current) + current + step_heal_forwards(architecture, self.in_loop, current)
+                math.ceil(share * current * current) + current + self.heal_forwards(architecture, current)
                 for current, _ in strides(depth, target, self.settings.merge)
             )
         )
@@ -157,20 +149,34 @@ class Laco(Progressive):
         """Mean cosine similarity, sequence by sequence, of final hidden states to the original model's."""
         from torch.nn.functional import cosine_similarity
 
-        from intarsia.pruning.candidates import normed_with
-
-        few = slice(0, min(SEQUENCES, model.rows.stop))
         if self._reference is None:
             variant = model.ops[0].sources[0].variant
             whole = [
                 Select(source=LayerRef(variant=variant, layer=layer)) for layer in range(model.architecture.n_layers)
             ]
-            self._reference = normed_with(model, 0, model.depth, whole, sequences=few).flatten(1).float()
-        merged = normed_with(model, start, count, [self._merged(model.ops[start : start + count])], sequences=few)
-        found_N = cosine_similarity(merged.flatten(1).float(), self._reference, dim=1)
+            self._reference = _normed_with(model, 0, model.depth, whole)
+        merged = _normed_with(model, start, count, [self._merged(model.ops[start : start + count])])
+        found_N = cosine_similarity(merged, self._reference, dim=1)
         return float(found_N.double().mean())
 
 
 def collapsed(ops: Sequence[Op]) -> Op:
     """theta_0 + sum_k (theta_k - theta_0), as one op."""
     return merge_of(ops, [2.0 - len(ops), *([1.0] * (len(ops) - 1))])
+
+
+def _normed_with(model: Intermediate, start: int, count: int, ops: Sequence[Op]) -> Tensor:
+    """What the head would read of the first sequences if `ops` stood in the place of `count` layers: H^L after the
+    final norm, float32 `[sequences, tokens * width]` on the CPU. Padding is zero."""
+    import torch
+
+    found: list[Tensor] = []
+
+    def end(_: int, rows: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
+        normed = model.loop.stream.final_norm(h_BTD, ids, mask)
+        found.append((normed if mask is None else normed.masked_fill(~mask[..., None], 0.0)).cpu())
+
+    path = model.path(Change(start=start, count=count, ops=tuple(ops)))
+    with torch.inference_mode():
+        model.loop.run([path], end, sequences=slice(0, min(SEQUENCES, model.rows.stop)))
+    return torch.cat(found).flatten(1).float()

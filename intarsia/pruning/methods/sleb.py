@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.architecture.spec import Architecture
-from intarsia.pruning.race import mean_loss, race, share_at_most
-from intarsia.pruning.step import Progressive, ProgressiveSettings, Step, strides, without_half_layers
+from intarsia.pruning.race import mean_loss, share_at_most
+from intarsia.pruning.step import Change, Progressive, ProgressiveSettings, Step, strides, without_half_layers
 from intarsia.recipe.recipe import sources_of
 from intarsia.registry import planner
 
@@ -42,8 +42,6 @@ class Sleb(Progressive):
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
         """Try the model without each layer, and without the half-layers between two, where that is wanted."""
-        from intarsia.pruning.candidates import Change, losses_of
-
         tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
         if not tried:
             return []
@@ -51,13 +49,8 @@ class Sleb(Progressive):
         for start in range(model.depth - 1) if self.settings.half_layers else ():
             half = without_half_layers(model, start, 2)
             tried += [] if half is None else [Change(start=start, count=2, ops=(half,))]
-        best, sums = race(
-            range(len(tried)),
-            lambda some, part: losses_of(model, [tried[index] for index in some], sequences=part),
-            model.counts_N,
-            racing=self.settings.racing,
-            title=f"skipping each of {whole} layers",
-        )
+        title = f"skipping each of {whole} layers"
+        best, sums = model.race(tried, racing=self.settings.racing, title=title)
         losses = [mean_loss(sums[index], model.counts_N) for index in range(len(tried))]
         halves = {str(each.start): loss for each, loss in zip(tried, losses, strict=True) if each.ops}
         change = tried[best]
@@ -74,13 +67,11 @@ class Sleb(Progressive):
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Every layer is tried, at the cost of those after it; then the model is measured."""
-        from intarsia.pruning.heal_in_loop import step_heal_forwards
-
         tried = 2 if self.settings.half_layers else 1
         return architecture.n_layers + sum(
             tried * share_at_most(tried * current, sequences, racing=self.settings.racing) * current * (current - 1) / 2
             + current
             - 1
-            + step_heal_forwards(architecture, self.in_loop, current)
+            + self.heal_forwards(architecture, current)
             for current, _ in strides(architecture.n_layers, target, 2)
         )

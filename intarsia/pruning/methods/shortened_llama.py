@@ -1,21 +1,23 @@
-"""Taylor and Taylor+: drop the layers whose removal changes the loss least, to first order.
+"""Magnitude and Taylor, and their plus variants: drop the layers whose weights are smallest, or whose removal changes
+the loss least, to first order.
 
-Source: Kim et al., Shortened LLaMA, arXiv 2402.02834: the score of a layer is sum_k sum_ij |dL/dW^k_ij * W^k_ij| over
-its linear weights W^k, with L the mean next-token loss of the calibration set. The plus variant never drops the first
-four and the last two layers.
+Source: Kim et al., Shortened LLaMA, arXiv 2402.02834: the score of a layer is sum_k sum_ij |W^k_ij|, or
+sum_k sum_ij |dL/dW^k_ij * W^k_ij| with L the mean next-token loss of the calibration set, over its linear weights W^k.
+The plus variants never drop the first four and the last two layers.
 
-Deviations: none in the score (as the paper has it, norm weights do not count; its code adds them). The gradient is
-taken layer by layer: the hidden states before a layer are there from the calibration pass, so one layer at a time is
-run again with gradients, and only its weights' gradients and one gradient of the residual stream are in memory.
+Deviation: norm weights do not count, as the paper has it (its code adds them; they are some thousandths of the sum).
+The gradient is taken layer by layer: the hidden states before a layer are there from the calibration pass, so one layer
+at a time is run again with gradients, and only its weights' gradients and one gradient of the residual stream are in
+memory.
 
-Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `P` predictions, `V` vocabulary.
+Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from intarsia.pruning.methods.magnitude import PROTECTED, linear_weights
+from intarsia.progress import current
 from intarsia.pruning.step import OneShot
 from intarsia.registry import planner
 
@@ -25,6 +27,49 @@ if TYPE_CHECKING:
     from intarsia.activations.hidden_store import HiddenStore
     from intarsia.activations.loop import Passed
     from intarsia.pruning.intermediate import Intermediate
+
+
+PROTECTED = (4, 2)
+"""First and last layers that the plus variants of the paper never drop."""
+
+
+@planner("magnitude", paper="2402.02834")
+class Magnitude(OneShot):
+    """Drop the layers whose weights are smallest."""
+
+    passes = 0
+
+    def score(self, model: Intermediate) -> list[float]:
+        """The sum of absolute linear weights of each layer."""
+        import torch
+
+        return [
+            sum(
+                float(weight.detach().abs().sum(dim=1, dtype=torch.float32).double().sum())
+                for weight in linear_weights(model, index)
+            )
+            for index, _ in enumerate(model.resident.walk(model.modules))
+        ]
+
+
+@planner("magnitude+", paper="2402.02834")
+class MagnitudePlus(Magnitude):
+    """Drop the layers whose weights are smallest, of those between the first four and the last two."""
+
+    protect = PROTECTED
+
+
+def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
+    """The weights of the linear modules of a layer (awake), in the architecture's order; of experts all together."""
+    from intarsia.building.layer import parameter_name
+
+    architecture = model.architecture
+    if architecture.removal_only:
+        return [each for each in model.modules[index].parameters() if each.dim() > 1 and each.is_floating_point()]
+    names = [f"{architecture.modules(linear)[0]}.weight" for linear in architecture.linears]
+    parameters = dict.fromkeys(parameter_name(name, architecture) for name in names)
+    return [model.modules[index].get_parameter(name) for name in parameters]
+
 
 LAYERS_A_PASS = 3
 """Layer-forwards that running a layer with gradients costs: forward once, and backward about twice that."""
@@ -56,7 +101,7 @@ def saliences(model: Intermediate) -> list[float]:
     grads = model.loop.store()
     scores = [0.0] * model.depth
     try:
-        with torch.enable_grad(), model.progress.task("gradients", model.depth + 1) as task:
+        with torch.enable_grad(), current().task("gradients", model.depth + 1) as task:
             gradients_after_the_last(model, grads)
             task.advance()
             backwards = list(reversed(range(model.depth)))
