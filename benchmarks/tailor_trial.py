@@ -36,7 +36,7 @@ from intarsia.evaluation.perplexity import perplexity
 from intarsia.recipe.recipe import Recipe
 from intarsia.tailoring.engine import budget_ladder, expected_trials
 from intarsia.tailoring.engines.evolve import mutate
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family import Family, open_family
 from intarsia.tailoring.family_file import FamilyFile, read_family_file
 from intarsia.tailoring.objective import Objective
@@ -188,7 +188,7 @@ def main() -> None:
         f"{torch.get_num_threads()} thread(s), {default_device()}; {', '.join(family.names)}; budgets to {given.most}\n"
     )
     recipes = candidates(file, family, sum(given.trials))
-    evaluator = open_evaluator(family, file)
+    evaluator = Evaluator(family, file)
     assert evaluator.base is not None
     print(f"base: {dict(zip(evaluator.objectives, evaluator.base.costs, strict=True))}\n")
     overhead(evaluator, recipes[: given.trials[0]], given.most)

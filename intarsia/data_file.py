@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from intarsia.errors import Problem, UserError
+from intarsia.errors import Problem, UserError, in_words, mismatch
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,9 +106,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, r
         path = [step for step in detail["loc"] if step != "[key]" and not str(step).startswith(":")]
         place = place_of(path)
         expected, found, own_remedy = _expectation(detail, model, path)
-        yield Problem(
-            f"{f'{where}: {place}' if place else where}: expected {expected}; found {found}.", own_remedy or remedy
-        )
+        yield mismatch(f"{where}: {place}" if place else where, expected, found, own_remedy or remedy)
 
 
 def refusal(problems: Iterable[Problem], *, where: str, most: int = 50) -> UserError:
@@ -116,8 +114,7 @@ def refusal(problems: Iterable[Problem], *, where: str, most: int = 50) -> UserE
     listed = list(problems)
     rest = len(listed) - most
     if rest > 0:
-        more = Problem(f"{where}: expected no more of these; found {rest} more problems.", "Correct the first ones.")
-        listed[most:] = [more]
+        listed[most:] = [mismatch(where, "no more of these", f"{rest} more problems", "Correct the first ones.")]
     return UserError(listed)
 
 
@@ -299,25 +296,24 @@ def read_yaml(path: Path, *, what: str) -> Any:
     """
 
     def unusable(expected: str, found: str, remedy: str) -> UserError:
-        return UserError(f"{path}: expected {expected}; found {found}.", remedy)
+        return UserError([mismatch(path, expected, found, remedy)])
 
     if not path.is_file():
         found = "something else" if path.exists() else "no such file"
         raise unusable(f"{what} file", found, "Check the path.")
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_CHARACTERS * 4 + 1)
-        return parse_yaml(raw.decode("utf-8"))
+            return parse_yaml(file.read(MAX_CHARACTERS * 4 + 1).decode("utf-8"))
     except OSError as error:
         raise unusable(f"{what} that can be read", str(error.strerror), "Check its permissions.") from None
     except UnicodeDecodeError as error:
         raise unusable("UTF-8 text", f"another byte at {error.start}", "Save it as UTF-8.") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise unusable("YAML", f"{error.problem}{place}", "Correct that place.") from None
     except yaml.YAMLError as error:
-        raise unusable("YAML", " ".join(str(error).split())[:200], "Correct the file.") from None
+        mark = getattr(error, "problem_mark", None)
+        if mark is None:
+            raise unusable("YAML", in_words(error), "Correct the file.") from None
+        found = f"{getattr(error, 'problem', None)} in line {mark.line + 1}, column {mark.column + 1}"
+        raise unusable("YAML", found, "Correct that place.") from None
 
 
 def dump_yaml(value: Any) -> str:

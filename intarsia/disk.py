@@ -21,12 +21,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from intarsia.errors import UserError, check
+from intarsia.errors import UserError, check, in_words, mismatch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEXT_TO_NOTHING = 2**20
 _SPARE_BYTES = 64 * 2**20
-_MOST_SHOWN = 300
 
 
 @contextmanager
@@ -124,12 +123,9 @@ def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_SHOWN]}"
-        raise UserError(f"{file}: expected {expected}; found {found}.", remedy) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        found = error.strerror if isinstance(error, OSError) else None
+        raise UserError([mismatch(file, expected, found or in_words(error), remedy)]) from error
 
 
 def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
     with damage_named(file, expected=expected, remedy=remedy):
         found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise UserError(f"{file}: expected {expected}; found a {type(found).__name__}.", remedy)
+        raise UserError([mismatch(file, expected, f"a {type(found).__name__}", remedy)])
     return found
 
 

@@ -28,7 +28,7 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime, TextSpec
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family_file import BASE, ObjectiveSpec, read_family_file
 
 TASKS = ("arc_easy", "piqa", "math_mc")
@@ -87,7 +87,7 @@ class Scorer:
         objectives.append(ObjectiveSpec(name="math_cot", loss=setting.task("math_cot"), split=_UNSEEN))
         search = file.search.model_copy(update={"min_budget": setting.items, "max_budget": setting.items})
         file = file.model_copy(update={"objectives": tuple(objectives), "search": search})
-        return open_evaluator(setting.family, file, Runtime(memory=str(_CACHES)), probe=False)
+        return Evaluator(setting.family, file, Runtime(memory=str(_CACHES)), probe=False)
 
     @cached_property
     def _texts(self) -> Mapping[str, Corpus]:

@@ -61,8 +61,8 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     if on_hub is not None:
         from huggingface_hub import hf_hub_download
 
-        repository, file = on_hub
-        fetched = _fetched(lambda: hf_hub_download(repository, file, revision=revision), repository, revision)
+        repository, wanted = on_hub
+        fetched = _fetched(lambda: hf_hub_download(repository, wanted, revision=revision), repository, revision)
         return gguf_folder(fetched)
     return _download(name, revision)
 

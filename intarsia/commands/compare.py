@@ -7,6 +7,7 @@ change with the original, and gives the numbers of the folder that `intarsia bui
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -373,17 +374,23 @@ def _estimate(
 
 
 def _write_outputs(out: Path) -> tuple[Path, ...]:
-    """Write what stands beside the rows: the table as CSV and Markdown, and the report page."""
+    """Write what stands beside the rows: the table as CSV and Markdown, a figure for each text, and the report page."""
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
     from intarsia.reporting.comparison import as_csv, as_markdown, load
+    from intarsia.reporting.comparison_report import figure
+    from intarsia.reporting.figures import standalone
     from intarsia.reporting.page import write_report
 
     comparison = load(out)
-    write_whole(out / "table.csv", as_csv(comparison))
-    write_whole(out / "table.md", as_markdown(comparison))
+    files = {"table.csv": as_csv(comparison), "table.md": as_markdown(comparison)}
+    for text in comparison.texts:
+        name = re.sub(r"[^\w.-]", "-", text)
+        files[f"figure-{name}.svg"] = standalone(figure(comparison, quality=text))
+    for name, content in files.items():
+        write_whole(out / name, content)
     write_report([out], out / REPORT)
-    return tuple(out / name for name in ("table.csv", "table.md", REPORT))
+    return tuple(out / name for name in (*files, REPORT))
 
 
 def _listed(values: Any) -> str:

@@ -113,7 +113,7 @@ def tailor(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.reporting.page import write_report
     from intarsia.tailoring.engine import Task, budget_ladder, predict
-    from intarsia.tailoring.evaluator import open_evaluator
+    from intarsia.tailoring.evaluator import Evaluator
     from intarsia.tailoring.family import open_family
     from intarsia.tailoring.recipes import translator_of
     from intarsia.tailoring.search import OpenScorer, Search, check_scheduler, open_workers
@@ -153,7 +153,7 @@ def tailor(
 
     # 4. The evaluator.
     resumed = is_tailor_run(run.path)
-    evaluator = open_evaluator(family, file, runtime, probe=not resumed, fits=run.fits)
+    evaluator = Evaluator(family, file, runtime, probe=not resumed, fits=run.fits)
     with run.opened(run.pins(file, facts, examples=evaluator.data)):
         if not resumed:
             run.start(file, facts, evaluator)

@@ -54,17 +54,19 @@ from intarsia.tailoring.engine import budget_ladder
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, ObjectiveSpec, Range
 from intarsia.tailoring.objective import (
-    Objective,
     Segment,
-    check_budgets,
     check_varied,
     heal_corpus,
+    longest_row,
     read_objectives,
     segments,
 )
 from intarsia.tailoring.trial_run import FamilyModel, Runner, TrialFailed, path_of
 
 _HEAL_TOKENS = 16384
+_SHARE_OF_FREE = 0.3  # of memory, for caches
+_MOST_ON_CPU = 2**30
+_GPU_LOGITS = 2**30
 _SETTINGS = ClosedFormSettings()
 
 
@@ -90,12 +92,12 @@ Unit = tuple[int, Segment]
 
 
 class Evaluator:
-    """Scores recipes over one family; see `intarsia.tailoring.evaluator`. Made by `open_evaluator`.
+    """Scores recipes over one family; see `intarsia.tailoring.evaluator`.
 
     Attributes:
         objectives: their names, in the order of the costs.
-        most: the largest budget; an objective with fewer examples is measured on all that it has.
         measured: the objectives, with their examples.
+        most: the largest budget; an objective with fewer examples is measured on all that it has.
         model: the base in memory, which makes the layers of any recipe over the family.
         runner: runs them.
         uncut: the base as it is, as a recipe.
@@ -104,38 +106,77 @@ class Evaluator:
 
     def __init__(
         self,
-        model: FamilyModel,
-        objectives: Sequence[Objective],
+        family: Family,
         file: FamilyFile,
+        runtime: Runtime | None = None,
         *,
-        batch_tokens: int,
-        cache_bytes: int,
-        heal_on: Corpus | None = None,
+        seq_len: int = 128,
+        examples: int | None = None,
+        probe: bool = True,
         fits: Path | None = None,
     ) -> None:
-        """
+        """Read the objectives, load the base, and measure it.
+
         Args:
-            batch_tokens: rows times columns of a batch, at most.
-            cache_bytes: for states and arguments; layers have a cache of their own.
-            heal_on: tokens for the closed form, where candidates may be healed.
-            fits: the folder where what was fitted is kept, while it is there.
+            family: opened with weights.
+            runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
+                family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
+            seq_len: tokens of a window of text; by default about as much work as a question with its choices.
+            examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
+            probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
+            fits: the folder where what is fitted for trials is kept, while it is there.
         """
-        self.objectives = tuple(objective.name for objective in objectives)
-        self.most = max(len(objective.examples) for objective in objectives)
-        self.measured = tuple(objectives)
-        self.model = model
-        self.runner = Runner(model, prefix_bytes=cache_bytes * 3 // 4, entry_bytes=cache_bytes // 4)
-        self.uncut = identity(Variant(name=model.base, model=model.checkpoint.model), model.architecture.n_layers)
-        self.base: Outcome | None = None
-        self._file, self._heal_on, self._fits = file, heal_on, fits
-        self._pack, self._batch_tokens = takes_packed_rows(model.model, _longest_row(objectives)), batch_tokens
-        search = file.search
+        runtime, search = runtime or Runtime(), file.search
+        self._file, self._fits = file, fits
+        device = default_device() if runtime.device is None else torch.device(runtime.device)
+        checkpoint = family.checkpoints()[family.names[0]]
+        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
+        positions = positions_of(SimpleNamespace(**checkpoint.config))
+        seq_len = min(seq_len, positions or seq_len)
+        heals = file.heal != "none" and examples is None
+        heal_windows = _HEAL_TOKENS // seq_len if heals else 0
+        windows = examples or search.max_budget + heal_windows
+        self.measured = read_objectives(
+            file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
+        )
+        self.objectives = tuple(objective.name for objective in self.measured)
+        self.most = max(len(objective.examples) for objective in self.measured)
+        if examples is None and search.max_budget > self.most:
+            most = ", ".join(f"{each.name}: {len(each.examples)}" for each in self.measured)
+            raise UserError(
+                f"search.max_budget is {search.max_budget}; the objectives have at most {self.most} examples ({most}).",
+                "Lower max_budget, or widen a split.",
+            )
+        self._heal_on: Corpus | None = None
+        if heals:
+            # Half of the windows at most are held out.
+            least, eos = 2 * _SETTINGS.held_out, tokenizer.eos_token_id
+            self._heal_on = heal_corpus(self.measured, seq_len=seq_len, windows=heal_windows, least=least, eos=eos)
+        share = int(free_bytes(device) * _SHARE_OF_FREE)
+        memory = runtime.memory_bytes or (share if device.type == "cuda" else min(_MOST_ON_CPU, share))
+        with current().task("loading the base", total=1) as task:
+            dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
+            self.model = model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=memory // 3)
+            task.advance()
+        self.runner = Runner(model, prefix_bytes=memory // 2, entry_bytes=memory // 6)
+        self.uncut = identity(Variant(name=model.base, model=checkpoint.model), model.architecture.n_layers)
+        self._pack = takes_packed_rows(model.model, longest_row(self.measured))
+        # Rows times columns of a batch; on a GPU its logits stay within 1 GiB.
+        self._batch_tokens = runtime.batch_tokens or default_batch_tokens(device)
+        if runtime.batch_tokens is None and device.type != "cpu":
+            logits = model.architecture.vocabulary * model.model.dtype.itemsize
+            self._batch_tokens = max(1, min(self._batch_tokens, _GPU_LOGITS // logits))
         # Examples between two budgets are run together.
         self._cuts = budget_ladder(search.min_budget, search.max_budget, search.eta)
         self._batches: dict[Unit, tuple[Batch, ...]] = {}
         self._likeliest: dict[tuple[Unit, int], Likeliest] = {}
         # Of every request its log-likelihood, or its divergence from the base, by the key of the recipe.
         self._values: dict[str, dict[Unit, Values]] = {}
+        self.base: Outcome | None = None
+        if probe:
+            with current().task("measuring the base", total=1) as task:
+                self.probe(search.max_budget)
+                task.advance()
 
     @property
     def data(self) -> Mapping[str, str]:
@@ -226,7 +267,7 @@ class Evaluator:
                 f"The family's base cannot be scored on every objective: {error.reason}.",
                 "Use bfloat16 or float32, a smaller model, or more memory.",
             ) from error
-        check_varied(self.measured, dict(zip(self.objectives, self.scores(self.uncut, budget), strict=True)))
+        check_varied(self.measured, self.scores(self.uncut, budget))
 
     def close(self) -> None:
         """Release all that is cached."""
@@ -297,84 +338,6 @@ class Evaluator:
             raise TrialFailed(f"out of memory: {(str(error).splitlines() or [''])[0]}") from error
 
 
-_SEQ_LEN = 128  # a window of text is then about as much work as a question with its choices
-_SHARE_OF_FREE = 0.3  # of memory, for caches
-_MOST_ON_CPU = 2**30
-_GPU_LOGITS = 2**30
-
-
-def open_evaluator(
-    family: Family,
-    file: FamilyFile,
-    runtime: Runtime | None = None,
-    *,
-    seq_len: int = _SEQ_LEN,
-    examples: int | None = None,
-    probe: bool = True,
-    fits: Path | None = None,
-) -> Evaluator:
-    """Read the objectives, load the base, and measure it.
-
-    Args:
-        family: opened with weights.
-        runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
-            family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
-        seq_len: tokens of a window of text.
-        examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
-        probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
-        fits: the folder where what is fitted for trials is kept.
-    """
-    runtime, search = runtime or Runtime(), file.search
-    device = default_device() if runtime.device is None else torch.device(runtime.device)
-    checkpoint = family.checkpoints()[family.names[0]]
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
-    positions = positions_of(SimpleNamespace(**checkpoint.config))
-    seq_len = min(seq_len, positions or seq_len)
-    heals = file.heal != "none" and examples is None
-    windows = examples or search.max_budget + (_HEAL_TOKENS // seq_len if heals else 0)
-    objectives = read_objectives(
-        file.objectives, tokenizer, windows=windows, seq_len=seq_len, max_length=positions, seed=search.seed
-    )
-    if examples is None:
-        check_budgets(objectives, search.max_budget)
-    heal_on = None
-    if heals:
-        # Half of the windows at most are held out.
-        count, least, eos = _HEAL_TOKENS // seq_len, 2 * _SETTINGS.held_out, tokenizer.eos_token_id
-        heal_on = heal_corpus(objectives, seq_len=seq_len, windows=count, least=least, eos=eos)
-    share = int(free_bytes(device) * _SHARE_OF_FREE)
-    memory = runtime.memory_bytes or (share if device.type == "cuda" else min(_MOST_ON_CPU, share))
-    with current().task("loading the base", total=1) as task:
-        dtype = None if runtime.dtype is None else getattr(torch, runtime.dtype)
-        model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=memory // 3)
-        task.advance()
-    batch_tokens = default_batch_tokens(device)
-    if device.type != "cpu":  # the logits of a batch stay within 1 GiB
-        logits = model.architecture.vocabulary * model.model.dtype.itemsize
-        batch_tokens = max(1, min(batch_tokens, _GPU_LOGITS // logits))
-    made = Evaluator(
-        model,
-        objectives,
-        file,
-        batch_tokens=runtime.batch_tokens or batch_tokens,
-        cache_bytes=memory * 2 // 3,
-        heal_on=heal_on,
-        fits=fits,
-    )
-    if probe:
-        with current().task("measuring the base", total=1) as task:
-            made.probe(search.max_budget)
-            task.advance()
-    return made
-
-
-def _longest_row(objectives: Sequence[Objective]) -> int:
-    """The longest row of a question with one of its choices, in tokens."""
-    asked = [example for objective in objectives if objective.asks for example in objective.examples]
-    requests = [request for example in asked for request in example.requests]
-    return max((len(request.context) + len(request.continuation) for request in requests), default=0)
-
-
 # Final scores, on examples that the search has not seen
 
 
@@ -416,7 +379,7 @@ def final_scores(
     if not rest.objectives:
         current().say("No final scores: the search sees all of every objective's source; give them a split.")
         return None
-    evaluator = open_evaluator(family, rest, runtime, examples=examples, probe=False)
+    evaluator = Evaluator(family, rest, runtime, examples=examples, probe=False)
     rows: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     try:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -147,49 +147,33 @@ class Objective:
         return mean, math.sqrt(math.fsum(residuals**2) / (n * (n - 1))) / float(weights.mean())
 
 
+def longest_row(objectives: Sequence[Objective]) -> int:
+    """The longest row of a question with one of its choices, in tokens."""
+    asked = [example for objective in objectives if objective.asks for example in objective.examples]
+    requests = [request for example in asked for request in example.requests]
+    return max((len(request.context) + len(request.continuation) for request in requests), default=0)
+
+
 def segments(count: int, cuts: Sequence[int]) -> Iterator[Segment]:
     """The first `count` examples, cut at every cut among them."""
     ends = sorted({cut for cut in cuts if 0 < cut < count} | {count})
     yield from zip([0, *ends[:-1]], ends, strict=True)
 
 
-def check_budgets(objectives: Sequence[Objective], most: int) -> None:
-    """Refuse a budget that no objective has the examples for.
-
-    Raises:
-        UserError: naming what there is.
-    """
-    sizes = {objective.name: len(objective.examples) for objective in objectives}
-    if most <= max(sizes.values()):
-        return
-    there = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-    raise UserError(
-        f"search.max_budget is {most}; the objectives have at most {max(sizes.values())} examples ({there}).",
-        "Lower max_budget, or widen a split.",
-    )
-
-
-def check_varied(objectives: Sequence[Objective], scores: Mapping[str, npt.NDArray[np.float64]]) -> None:
-    """Refuse objectives on which models cannot differ: equal examples, or the same score for the base on each.
-
-    Args:
-        scores: of the base, by objective.
+def check_varied(objectives: Sequence[Objective], scores: Sequence[npt.NDArray[np.float64]]) -> None:
+    """Refuse objectives on each example of which the base has the same score: they hardly tell models apart.
 
     Raises:
         UserError: naming all of them.
     """
     problems = Problems()
-    for objective in objectives:
-        found = scores[objective.name]
-        which = f"The examples of objective {objective.name} ({objective.source}) do not tell models apart"
-        if len(objective.examples) > 1 and len({example.requests for example in objective.examples}) == 1:
-            problems.add(f"{which}: all {len(objective.examples)} are the same.", "Give it other data.")
-        elif objective.measure == "accuracy" and len(found) > 1 and len(set(found.tolist())) == 1:
-            answer = "wrong" if found[0] else "right"
-            hint = "Use metric: likelihood or metric: margin, which vary more, or other questions."
-            problems.add(f"{which}: the base's answer is {answer} to each of {len(found)}.", hint)
-        elif objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
-            problems.add(f"{which}: the base's score is the same for each of {len(found)}.", "Give it other data.")
+    for objective, found in zip(objectives, scores, strict=True):
+        if objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
+            problems.add(
+                f"Objective {objective.name} ({objective.source}) does not tell models apart: the base's score is the "
+                f"same for each of its {len(found)} examples.",
+                "Give it other data, or for a task metric: likelihood, which varies more than accuracy.",
+            )
     problems.raise_any()
 
 
@@ -297,52 +281,44 @@ def read_objectives(
 def _examples(
     spec: ObjectiveSpec, tokenizer: Any, windows: int, seq_len: int, max_length: int | None, seed: int
 ) -> list[Example]:
-    if spec.kind == "task" and not names_a_file(spec.source):
-        (task,) = load_tasks([spec.source])
-        return _asked(questions_of(task, spec.split), tokenizer, max_length, spec.name)
     if spec.kind == "task":
-        # As in `intarsia.evaluation.tasks`: a choice stands after the query and a space.
-        questions = [
-            HarnessQuestion(
-                pairs=tuple((item.query, f" {choice}") for choice in item.choices),
-                characters=tuple(map(len, item.choices)),
-                gold=item.gold,
+        if names_a_file(spec.source):
+            # As in `intarsia.evaluation.tasks`: a choice stands after the query and a space.
+            questions = [
+                HarnessQuestion(
+                    pairs=tuple((item.query, f" {choice}") for choice in item.choices),
+                    characters=tuple(map(len, item.choices)),
+                    gold=item.gold,
+                )
+                for item in read_items(part_of(spec), Question)[1]
+            ]
+        else:
+            (task,) = load_tasks([spec.source])
+            questions = questions_of(task, spec.split)
+        pairs = [pair for question in questions for pair in question.pairs]
+        requests = iter(encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name))
+        return [
+            Example(
+                requests=tuple(islice(requests, len(question.pairs))),
+                gold=question.gold,
+                characters=question.characters,
+                source=question.source,
             )
-            for item in read_items(part_of(spec), Question)[1]
+            for question in questions
         ]
-        return _asked(questions, tokenizer, max_length, spec.name)
     if spec.kind == "loss" and names_a_file(spec.source) and _holds_targets(spec.source):
-        _, targets = read_items(part_of(spec), Target)
-        pairs = [(target.query, target.target) for target in targets]
-        requests = encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name)
-        return [Example(requests=(request,)) for request in requests]
-    return _windows(part_of(spec), tokenizer, windows, seq_len, seed)
-
-
-def _asked(questions: Sequence[HarnessQuestion], tokenizer: Any, max_length: int | None, where: str) -> list[Example]:
-    pairs = [pair for question in questions for pair in question.pairs]
-    requests = iter(encode_pairs(pairs, tokenizer, max_length=max_length, where=where))
-    return [
-        Example(
-            requests=tuple(next(requests) for _ in question.pairs),
-            gold=question.gold,
-            characters=question.characters,
-            source=question.source,
-        )
-        for question in questions
-    ]
-
-
-def _windows(spec: str, tokenizer: Any, windows: int, seq_len: int, seed: int) -> list[Example]:
-    tokens = windows * seq_len
+        pairs = [(target.query, target.target) for target in read_items(part_of(spec), Target)[1]]
+        found = encode_pairs(pairs, tokenizer, max_length=max_length, where=spec.name)
+        return [Example(requests=(request,)) for request in found]
+    tokens, source = windows * seq_len, part_of(spec)
     corpus = tokenize(
-        documents(spec, limit_bytes=max(_MOST_READ, _BYTES_A_TOKEN * tokens), seed=seed),
+        documents(source, limit_bytes=max(_MOST_READ, _BYTES_A_TOKEN * tokens), seed=seed),
         tokenizer,
         tokens=tokens,
         seq_len=seq_len,
         seed=seed,
         shuffle=True,
-        description=spec,
+        description=source,
         least=1,
     )
     rows = corpus.input_ids.tolist()

@@ -26,7 +26,7 @@ from intarsia.recipe.algebra import concat_of
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.recipe import LayerRef, Merge, Mix, Op, Recipe, Select, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join
-from intarsia.tailoring.evaluator import Evaluator, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator
 from intarsia.tailoring.family import open_family, read_config_only
 from intarsia.tailoring.family_file import FamilyFile, TargetSpec, read_family_file
 from intarsia.tailoring.run import FAMILY, Front, TailorRun, Trial
@@ -204,7 +204,7 @@ def trial_recipe(run: TailorRun, trial: Trial, evaluator: Evaluator | None = Non
     if healed and file.heals(trial.budget):
         if evaluator is None:
             runtime = Runtime(device=facts["device"], dtype=facts["dtype"])
-            evaluator = open_evaluator(open_family(file.members), file, runtime, probe=False)
+            evaluator = Evaluator(open_family(file.members), file, runtime, probe=False)
         recipe = evaluator.heal(recipe)
     names = [entry["name"] for entry in facts["objectives"]]
     provenance = {

@@ -77,11 +77,6 @@ class Trial:
         """What makes it another trial than others."""
         return self.recipe, self.budget
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data: a line of the log."""
-        found: dict[str, Any] = _TRIALS.dump_python(self)
-        return found
-
 
 _TRIALS = TypeAdapter(Trial)
 
@@ -137,7 +132,7 @@ class History:
     def append(self, trial: Trial) -> None:
         """Write a trial; when this returns it is on the disk."""
         assert trial.number == len(self._trials) and trial.key not in self._by_key
-        self._log.append(trial.to_dict())
+        self._log.append(_TRIALS.dump_python(trial))
         self._trials.append(trial)
         self._by_key[trial.key] = trial
 
@@ -190,10 +185,6 @@ class Front:
         """The trial of least cost in an objective."""
         at = self.objectives.index(objective)
         return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
-
-    def least(self, objective: str) -> float:
-        """The least cost in an objective."""
-        return _costs(self.best(objective))[self.objectives.index(objective)]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each trial: its costs, what it is best in, and how it was found."""

@@ -26,7 +26,7 @@ from intarsia.recipe.schema import content_hash
 from intarsia.registry import load_plugin
 from intarsia.tailoring.candidate import Candidate
 from intarsia.tailoring.engine import Ask, Engine, Task
-from intarsia.tailoring.evaluator import Evaluator, Outcome, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, Outcome
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import FamilyFile
 from intarsia.tailoring.run import EARLIER, Front, History, Key, Trial, front_of
@@ -179,7 +179,8 @@ def words(trials: Sequence[Trial], front: Front | None) -> str:
     """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
     if front is None:
         return "no score yet"
-    best = ", ".join(f"{name} {front.least(name):.4g}" for name in front.objectives)
+    costs = zip(*(point.costs or () for point in front.points), strict=True)
+    best = ", ".join(f"{name} {min(column):.4g}" for name, column in zip(front.objectives, costs, strict=True))
     failed = sum(trial.status == "failed" for trial in trials)
     return f"best {best}; front {len(front.points)} at budget {front.budget}" + (f"; {failed} failed" * (failed > 0))
 
@@ -313,7 +314,7 @@ class OpenScorer:
         device = default_device() if runtime.device is None else torch.device(runtime.device)
         if device.type == "cuda" and ":" not in str(device) and worker.isdecimal():
             runtime = replace(runtime, device=f"cuda:{int(worker) % torch.cuda.device_count()}")
-        return open_evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=self.fits).evaluate
+        return Evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=self.fits).evaluate
 
 
 @contextmanager
@@ -353,13 +354,9 @@ def check_scheduler(scheduler: str) -> None:
 @contextmanager
 def _connected(scheduler: str) -> Iterator[Any]:
     """A client of the scheduler at an address, which has workers."""
+    distributed = _distributed("--scheduler")
     try:
-        from distributed import Client
-        from distributed import TimeoutError as NotYet
-    except ImportError as error:
-        raise _no_dask(error, "--scheduler") from error
-    try:
-        client = Client(scheduler, timeout="20s")
+        client = distributed.Client(scheduler, timeout="20s")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--scheduler {scheduler} is no Dask scheduler that can be reached (such as tcp://host:8786): {error}.",
@@ -368,7 +365,7 @@ def _connected(scheduler: str) -> Iterator[Any]:
     with client:
         try:
             client.wait_for_workers(1, timeout=30)
-        except NotYet as error:
+        except distributed.TimeoutError as error:
             raise UserError(
                 f"The scheduler at {scheduler} has no worker within 30 seconds.",
                 f"Start workers: dask worker {scheduler}",
@@ -379,36 +376,33 @@ def _connected(scheduler: str) -> Iterator[Any]:
 @contextmanager
 def _own_workers(count: int) -> Iterator[Any]:
     """A client of `count` processes on this machine, each with its share of the cores that this one may use."""
-    try:
-        import dask
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        raise _no_dask(error, "--workers") from error
+    distributed = _distributed("--workers")
+    import dask
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(cores // count, 1))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {
         # A task that kills this many workers fails.
         "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
         # Set before torch is loaded.
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(
-            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
-        ),
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(names, str(max(cores // count, 1))),
     }
+    # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
+    cluster = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
     with (
         dask.config.set(settings),
-        # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        ) as own,
-        Client(own) as client,
+        distributed.LocalCluster(**cluster, silence_logs=logging.CRITICAL) as own,
+        distributed.Client(own) as client,
     ):
         yield client
 
 
-def _no_dask(error: ImportError, option: str) -> UserError:
-    instead = f"leave {option} out"
-    return missing_package("dask[distributed]", where=option, extra="search", instead=instead, error=error)
+def _distributed(option: str) -> Any:
+    try:
+        import distributed
+    except ImportError as error:
+        instead = f"leave {option} out"
+        raise missing_package(
+            "dask[distributed]", where=option, extra="search", instead=instead, error=error
+        ) from error
+    return distributed

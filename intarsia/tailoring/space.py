@@ -24,8 +24,6 @@ from intarsia.tailoring.candidate import Candidate, Choice, Join, Keep, Menu, Sl
 if TYPE_CHECKING:
     from intarsia.tailoring.family_file import FamilyFile, Range
 
-Kind = Literal["cut", "fusion", "stack"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
@@ -53,7 +51,7 @@ class Space:
         assert self.groups is None or (self.kind == "fusion" and 1 <= self.groups <= self.depth)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Literal["cut", "fusion", "stack"]:
         """What becomes of the depth."""
         return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
 
@@ -68,31 +66,15 @@ class Space:
         at = self.starts.index(position)
         return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
 
-    def size(self) -> int:
-        """How many candidates there are, exactly."""
-        # Ways to keep a layer, and to join it with the next one.
-        keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
-        all_joins = len(self.menu.singles) ** 2 * len(self.shares)
-        if self.kind == "fusion":
-            return keeps ** len(self.starts)
-        if self.kind == "stack":
-            return math.comb(self.depth, self.target - self.depth) * keeps**self.target
-        # ways[n]: candidates over the layers so far that keep n of them, apart by whether the last one is kept.
-        removed, kept = [1] + [0] * self.target, [0] * (self.target + 1)
-        for layer in range(self.depth):
-            joins = all_joins if layer and self.joinable(layer - 1) else 0
-            # The choices of a kept layer are counted when its follower is known: only then may it be joined.
-            closed = [removed[n] + kept[n] * keeps for n in range(self.target + 1)]
-            removed, kept = (
-                [removed[n] + kept[n] * (keeps + joins) for n in range(self.target + 1)],
-                [0, *closed[: self.target]],
-            )
-        return removed[self.target] + kept[self.target] * keeps
-
     @property
     def log10_size(self) -> float:
-        """The size as a power of ten."""
-        return math.log10(self.size())
+        """How many candidates there are, as a power of ten; of joins, as many as a layer has on average."""
+        keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
+        pairs = sum(map(self.joinable, range(self.depth)))
+        removed_next = pairs / self.depth * self.changes / max(self.depth - 1, 1)
+        joins = len(self.menu.singles) ** 2 * len(self.shares) * removed_next
+        layers = len(self.starts) if self.kind == "fusion" else self.target
+        return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps + joins)
 
     def joinable(self, layer: int) -> bool:
         """Whether a layer could be joined with the next one, if that is removed."""
@@ -144,8 +126,7 @@ class Space:
 
     def plain(self, changed: Sequence[int] = ()) -> Candidate:
         """The base's own layers, without these, or with these twice."""
-        positions = self.positions(self.removable(changed))
-        return Candidate(positions=positions, choices=tuple(single(self.menu.members[0]) for _ in positions))
+        return self.arrange(changed, {})
 
     def arrange(self, changed: Sequence[int], choices: Mapping[Slot, Choice]) -> Candidate:
         """A candidate from the removed (or doubled) layers and choices by slot.

@@ -167,7 +167,7 @@ def test_what_stands_beside_the_rows(model_folder: Folder, halves: Sizes, text_f
         assert row["speed"]["decode_tokens_per_s"] > 0
         assert ("dense" in row["speed"]) == (row["method"] != "dense")
     names = {file.name for file in result.files}
-    assert {"table.csv", "table.md", "report.html"} <= names
+    assert {"table.csv", "table.md", "figure-words.svg", "report.html"} <= names
     assert "shortgpt" in (out / "report.html").read_text(encoding="utf-8")
     with (out / "table.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))

@@ -23,7 +23,7 @@ from intarsia.healing import closed_form
 from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
-from intarsia.tailoring.evaluator import open_evaluator, rest_of, unseen
+from intarsia.tailoring.evaluator import Evaluator, rest_of, unseen
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
 from intarsia.tailoring.recipes import trial_recipe
@@ -294,7 +294,7 @@ def test_a_changed_family_is_refused_before_a_model_is_loaded(
     def loaded(*given: Any, **more: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("intarsia.tailoring.evaluator.open_evaluator", loaded)
+    monkeypatch.setattr("intarsia.tailoring.evaluator.Evaluator", loaded)
     changed = write_family(parts, tmp_path / "family.yaml", **{"layers: 4": "layers: 3", "slerp": "linear"})
     with pytest.raises(UserError) as caught:
         tailor(changed, searched[0])
@@ -426,7 +426,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
 
     file = read_family_file(path)
     family = open_family(file.members)
-    evaluator = open_evaluator(family, file, Runtime(device="cpu"), probe=False)
+    evaluator = Evaluator(family, file, Runtime(device="cpu"), probe=False)
     for trial in trials:
         cut = trial_recipe(folder, trial, healed=False)
         assert not cut.fitted and schema.content_hash(cut) == trial.recipe
@@ -442,7 +442,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
     rest, _ = unseen(file)
     search = rest.search.model_copy(update={"max_budget": max(result.evaluated["examples"].values())})
     rest = rest.model_copy(update={"heal": "none", "search": search})
-    final = open_evaluator(family, rest, Runtime(device="cpu"), probe=False)
+    final = Evaluator(family, rest, Runtime(device="cpu"), probe=False)
     for name, model in (
         ("incumbent as pruned", trial_recipe(folder, result.front.knee, healed=False)),
         ("incumbent", recipe),

@@ -26,7 +26,7 @@ from intarsia.options import Runtime
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Op, Recipe, Select, Variant, derive_spans
-from intarsia.tailoring.evaluator import Evaluator, Outcome, open_evaluator
+from intarsia.tailoring.evaluator import Evaluator, Outcome
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, SearchSpec, TargetSpec
 from intarsia.tailoring.objective import Objective
@@ -76,7 +76,7 @@ def opened(
         search=SearchSpec(min_budget=least, max_budget=most),
         heal=heal,
     )
-    return open_evaluator(family, spec, Runtime(device="cpu", memory=memory), seq_len=24, **settings)
+    return Evaluator(family, spec, Runtime(device="cpu", memory=memory), seq_len=24, **settings)
 
 
 def select(layer: int, variant: str = "base") -> Select:
@@ -426,7 +426,7 @@ def test_an_objective_whose_every_answer_is_the_same(
     assert 2 <= len(kept) < 20
     file.write_text("\n".join(kept))
     spec = ObjectiveSpec(name="hard", task=str(file), metric="accuracy")
-    with pytest.raises(UserError, match=rf"hard .* the base's answer is wrong to each of {len(kept)}"):
+    with pytest.raises(UserError, match=rf"hard .* the same for each of its {len(kept)} examples"):
         opened(members, [spec], least=1, most=len(kept))
     opened(members, [spec], least=1, most=len(kept), probe=False)
 

@@ -17,7 +17,6 @@ from intarsia.tailoring.objective import (
     Example,
     Measure,
     Objective,
-    check_budgets,
     check_varied,
     in_order,
     segments,
@@ -80,44 +79,23 @@ def test_batches_hold_every_request_of_a_segment() -> None:
     assert last.request_M.tolist() == [0, 1] and last.rows.attend_BTT is None
 
 
-def test_budgets_larger_than_the_data() -> None:
-    small = Objective(name="quiz", measure="margin", source="quiz.jsonl", examples=ASKED)
-    large = Objective(name="text", measure="loss", source="text.txt", examples=ASKED * 4)
-    check_budgets([small, large], 8)
-    with pytest.raises(UserError, match=r"max_budget is 9; .* at most 8 examples \(quiz: 2, text: 8\)"):
-        check_budgets([small, large], 9)
-
-
 def test_objectives_that_say_nothing() -> None:
     def made(name: str, measure: Measure, examples: tuple[Example, ...] = ASKED) -> Objective:
         return Objective(name=name, measure=measure, source=f"{name}.jsonl", examples=examples)
 
-    alike = made("alike", "loss", (ASKED[0], ASKED[0]))
-    wrong, right, flat, fine = (
+    wrong, flat, fine, far = (
         made("wrong", "accuracy"),
-        made("right", "accuracy"),
-        made("flat", "margin"),
+        made("flat", "loss"),
         made("fine", "accuracy"),
+        made("far", "kl"),
     )
-    scores = {
-        "alike": np.array([1.0, 1.1]),
-        "wrong": np.array([1.0, 1.0]),
-        "right": np.array([0.0, 0.0]),
-        "flat": np.array([0.3, 0.3]),
-        "fine": np.array([0.0, 1.0]),
-    }
+    one, same = np.array([1.0]), np.array([0.0, 0.0])
     with pytest.raises(UserError) as caught:
-        check_varied([alike, wrong, right, flat, fine], scores)
+        check_varied([wrong, flat, fine], [np.array([1.0, 1.0]), np.array([0.3, 0.3]), np.array([0.0, 1.0])])
     found = [str(problem) for problem in caught.value.problems]
-    assert len(found) == 4
-    assert "alike (alike.jsonl)" in found[0] and "all 2 are the same" in found[0]
-    assert "the base's answer is wrong to each of 2" in found[1]
-    assert "the base's answer is right to each of 2" in found[2]
-    assert "score is the same for each of 2" in found[3]
-    check_varied([fine], scores)
+    assert len(found) == 2 and "wrong (wrong.jsonl)" in found[0] and "each of its 2 examples" in found[1]
     # One question is no reason to refuse, and a base is never far from itself.
-    check_varied([made("wrong", "accuracy", ASKED[:1])], {"wrong": np.array([1.0])})
-    check_varied([made("flat", "kl")], {"flat": np.array([0.0, 0.0])})
+    check_varied([made("wrong", "accuracy", ASKED[:1]), far], [one, same])
 
 
 def question(gold: int, length: int, source: str = "") -> Example:

@@ -103,18 +103,21 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
     for kind in kinds:
         if kind == "swap":
             if changed and kept:
-                new = rng.choice(kept)
-                # The new layer is the base's at first, or takes over what was chosen for the one it replaces.
-                moved = candidate.by_slot().get((new, 0)) if rng.random() < 0.5 else None
-                return _swapped(space, candidate, rng.choice(changed), new, moved)
+                new, choices = rng.choice(kept), candidate.by_slot()
+                # The layer that returns is the base's, or takes over what was chosen for the one that it replaces.
+                moved = choices.get((new, 0)) if rng.random() < 0.5 else None
+                old = rng.choice(changed)
+                if moved is not None and space.kind == "cut":
+                    choices[old, 0] = moved
+                return space.arrange([*(layer for layer in changed if layer != old), new], choices)
             continue
         for index in indices:
             options = layer_steps(space, candidate, index).get(kind, [])
             if options:
                 choices, slot = candidate.by_slot(), slots(candidate.positions)[index]
-                old, choice = choices[slot], rng.choice(options)
-                everywhere = (_is_merged(old) or _is_merged(choice)) and rng.random() < _EVERYWHERE
-                alike = [other for other in choices if everywhere and choices[other] == old]
+                before, choice = choices[slot], rng.choice(options)
+                everywhere = (_is_merged(before) or _is_merged(choice)) and rng.random() < _EVERYWHERE
+                alike = [other for other in choices if everywhere and choices[other] == before]
                 return space.arrange(changed, choices | dict.fromkeys([slot, *alike], choice))
     return candidate
 
@@ -175,12 +178,3 @@ def _join_steps(space: Space, choice: Join) -> Mapping[str, list[Choice]]:
 
 def _is_merged(choice: Choice) -> bool:
     return isinstance(choice, Keep) and any(blend and blend.method for blend in (choice.attention, choice.mlp))
-
-
-def _swapped(space: Space, candidate: Candidate, old: int, new: int, moved: Choice | None) -> Candidate:
-    """`new` is removed (or doubled) in place of `old`, which becomes `moved`."""
-    changed = [layer for layer in space.changed(candidate.positions) if layer != old] + [new]
-    choices = candidate.by_slot()
-    if moved is not None and space.kind == "cut":
-        choices[old, 0] = moved
-    return space.arrange(changed, choices)
