@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
+from intarsia.options import Runtime
 from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Recipe
 from intarsia.recipe.schema import content_hash
@@ -17,12 +18,14 @@ from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.engine import Start, Task
 from intarsia.tailoring.engines.random import RandomSearch
 from intarsia.tailoring.evaluator import Outcome
+from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, TargetSpec
 from intarsia.tailoring.run import EARLIER, Front, History, TailorRun, leading
 from intarsia.tailoring.search import (
     Done,
     InProcess,
     OnDask,
     Opener,
+    OpenScorer,
     Search,
     Workers,
     check_scheduler,
@@ -255,6 +258,18 @@ def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
 
 
 # Workers
+
+
+@pytest.mark.parametrize(("numbered", "device"), [(True, "cuda:1"), (False, "cuda")])
+def test_only_workers_of_our_own_choose_a_gpu(numbered: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "Evaluator", lambda family, file, runtime, **settings: runtime.device)
+    monkeypatch.setattr(search, "open_family", lambda members: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    file = FamilyFile(
+        base=MemberSpec(model="base"), target=TargetSpec(layers=4), objectives=(ObjectiveSpec(name="a", loss="b.txt"),)
+    )
+    assert OpenScorer(file=file, runtime=Runtime(device="cuda"), numbered=numbered)("3") == device
+
 
 distributed = pytest.importorskip("distributed")
 
