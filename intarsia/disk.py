@@ -113,7 +113,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def damage_named(file: Path, *, expected: str, remedy: str) -> Iterator[None]:
+def damage_named(file: str | Path, *, expected: str, remedy: str) -> Iterator[None]:
     """Turn errors of reading or parsing `file` into a user's error.
 
     Raises:

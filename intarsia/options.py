@@ -258,7 +258,7 @@ class JobOutput(NewModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Output(JobOutput):
-    """Output: the folder of a long job's model, and the job's run folder."""
+    """Output: the folder of a long job's model, and the job's run folder; or only an estimate of the cost."""
 
     # Print the plan and an estimate of its cost; write nothing.
     dry_run: bool = False

@@ -41,20 +41,30 @@ class Log:
         self._whole = False
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every whole line, in order.
+        """Every whole line, in order; see `numbered`."""
+        return [entry for _, entry in self.numbered()]
+
+    def numbered(self) -> list[tuple[int, dict[str, Any]]]:
+        """Every whole line with its number in the file, in order, without blank lines.
 
         Raises:
             UserError: a line is damaged.
         """
         if not self.path.exists():
             return []
-        remedy = "Delete its folder and start again, or delete the damaged lines."
+        remedy = "Delete the folder and start again."
         with damage_named(self.path, expected="a log, one JSON object a line", remedy=remedy):
             text, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-            found = [json.loads(line) for line in text.splitlines()]
-            if not all(isinstance(entry, dict) for entry in found):
-                raise ValueError("a line holds something else")
-            return found
+        found = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                remedy = "Delete this line, or delete the folder and start again."
+                with damage_named(f"{self.path}, line {number}", expected="a JSON object", remedy=remedy):
+                    entry = json.loads(line)
+                    if not isinstance(entry, dict):
+                        raise ValueError("the line holds something else")
+                    found.append((number, entry))
+        return found
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a line; it is on the disk when this returns.

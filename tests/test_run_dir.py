@@ -92,7 +92,7 @@ def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
     again.append({"a": 4})
     assert log.path.read_text() == '{"a": 1}\n{"a": 3}\n{"a": 4}\n'
     log.path.write_text('{"a": 1}\nnonsense\n{"a": 3}\n')
-    with pytest.raises(UserError, match="a log, one JSON object a line"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: expected a JSON object"):
         log.entries()
     with pytest.raises(ValueError, match="not JSON compliant"):
         log.append({"loss": float("nan")})

@@ -269,10 +269,8 @@ def with_family_file(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    expected, remedy = (
-        "a family file in TOML (docs/ADD_A_FAMILY.md)",
-        "Copy one of intarsia/architecture/families/ and change it.",
-    )
+    expected = "a family file in TOML (docs/ADD_A_FAMILY.md)"
+    remedy = "Copy one of intarsia/architecture/families/ and change it."
     with damage_named(path, expected=expected, remedy=remedy):
         data = read_toml(path)
     _tried[path.stem] = _family(path.stem, data, where=str(path))

@@ -83,8 +83,11 @@ _SURROUNDINGS = {
     errno.ENAMETOOLONG: "Use a shorter name.",
     errno.ENOTDIR: "Name a folder.",
 }
-# In the report alone: the table has at most 15 lines.
-_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity", "perplexity_without_heal", "prefill_per_s"}
+_DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity"}
+"""In the report alone."""
+_LINES = 15
+_SPARE = ("perplexity_without_heal", "prefill_per_s", "bytes")
+"""In the report alone too, one after the other, where the table has more than `_LINES`."""
 _GREETING = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -284,7 +287,10 @@ def show(result: Any, *, to: TextIO, as_json: bool) -> None:
 
 
 def _show_compressed(data: Mapping[str, Any], console: Console) -> None:
-    """At most 15 lines of at most 80 columns (apart from long paths): measures, time, and where everything is."""
+    """A short table: measures, time, and where everything is.
+
+    At most 80 columns, apart from long paths, and at most `_LINES` lines, apart from a line for every further text.
+    """
     before, after = data["before"], data["after"]
     parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]
     given: dict[str, Any] = {"on": data.get("evaluation")}
@@ -302,6 +308,9 @@ def _show_compressed(data: Mapping[str, Any], console: Console) -> None:
     others = [key for key in after if key.startswith("perplexity of ")]
     titles = {key: name for key, name in (MEASURES | {key: key for key in others}).items() if key not in _DETAILS}
     rows = [key for key in titles if after.get(key) is not None]
+    for key in _SPARE:
+        if 1 + len(rows) + len(lines) > _LINES and key in rows:
+            rows.remove(key)
     table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="right" if column else "left")

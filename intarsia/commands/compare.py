@@ -64,8 +64,13 @@ class Entrants:
         Raises:
             UserError: there is no such stage.
         """
-        kinds = sorted(self.heal, key=lambda kind: kind != "none")
-        return {kind: heal_stages.choose_all("none" if kind == "none" else kind.split("+")) for kind in kinds}
+        problems = Problems()
+        found = {}
+        for kind in sorted(self.heal, key=lambda kind: kind != "none"):
+            with problems:
+                found[kind] = heal_stages.choose_all("none" if kind == "none" else kind.split("+"))
+        problems.raise_any()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,19 +379,20 @@ def _estimate(
 
 
 def _write_outputs(out: Path) -> tuple[Path, ...]:
-    """Write what stands beside the rows: the table as CSV and Markdown, a figure for each text, and the report page."""
+    """Write what stands beside the rows: the table as CSV and Markdown, figures of quality, and the report page."""
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
-    from intarsia.reporting.comparison import as_csv, as_markdown, load
+    from intarsia.reporting.comparison import MEAN, as_csv, as_markdown, load
     from intarsia.reporting.comparison_report import figure
     from intarsia.reporting.figures import standalone
     from intarsia.reporting.page import write_report
 
     comparison = load(out)
     files = {"table.csv": as_csv(comparison), "table.md": as_markdown(comparison)}
-    for text in comparison.texts:
-        name = re.sub(r"[^\w.-]", "-", text)
-        files[f"figure-{name}.svg"] = standalone(figure(comparison, quality=text))
+    scored = any(row.tasks for row in comparison.rows)
+    for quality in (*comparison.texts, *([MEAN] if scored else [])):
+        name = re.sub(r"[^\w.-]", "-", quality)
+        files[f"figure-{name}.svg"] = standalone(figure(comparison, quality=quality))
     for name, content in files.items():
         write_whole(out / name, content)
     write_report([out], out / REPORT)

@@ -79,7 +79,8 @@ class Ladders:
         Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
         """
         # The folder of `come[norm=average]` is `come-norm-average`.
-        least, name = min(depths), re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
+        least = min(depths)
+        name = re.sub(r"[\[,=]", "-", method.label.rstrip("]"))
         leaps = method.create().layers_at_once > 2
         whole = self._plan(method, f"{name}-to-{least:03d}" if leaps else name, least)
         for depth in sorted(depths, reverse=True):

@@ -105,7 +105,9 @@ def compress(
     from intarsia.recipe import schema
 
     started, report = time.perf_counter(), progress.current()
-    out, run, stages = Output.of(out), RunDir(Output.of(out).run_path), heal_of(heal, method, target.effort)
+    out = Output.of(out)
+    run = RunDir(out.run_path)
+    stages = heal_of(heal, method, target.effort)
 
     # Input: everything that can be wrong is found before any work.
     check_stages(stages, runtime)

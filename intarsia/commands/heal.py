@@ -85,10 +85,8 @@ class HealResult(Result):
 
     def summary(self) -> dict[str, Any]:
         """Without the numbers of single layers."""
-        shown, data = (
-            ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push"),
-            self.to_dict(),
-        )
+        shown = ("stages", "answers", "warning", "teacher", "seconds", "out", "run", "report", "push")
+        data = self.to_dict()
         return {name: data[name] for name in shown if name in data}
 
 

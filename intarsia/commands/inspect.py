@@ -113,13 +113,15 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
     """A model's facts, several in a line."""
-    recipe, kinds = facts.get("recipe"), facts.get("layer_types") or facts.get("kinds")
+    recipe = facts.get("recipe")
+    kinds = facts.get("layer_types") or facts.get("kinds")
     more = {key: facts[key] for key in ("around_it",) if key in facts}
     more |= {} if recipe is None else {"made_by": f"{recipe['method']}: {recipe['depth']}"}
     if "width" not in facts:  # layers that can only be removed
         shown = {key: value for key, value in facts.items() if key not in ("kinds", "recipe")}
         return shown | {"layers": f"{facts['layers']} ({kinds})"} | more
-    inexact, tied = facts.get("not_exact_when_merged"), "tied" if facts["tied_embeddings"] else "not tied"
+    inexact = facts.get("not_exact_when_merged")
+    tied = "tied" if facts["tied_embeddings"] else "not tied"
     return {
         "family": facts["family"],
         "tier": facts["tier"],

@@ -169,7 +169,11 @@ class Job:
 
     @cached_property
     def text(self) -> TextParts:
-        """The calibration text, with what is held out of it."""
+        """The calibration text, with what is held out of it.
+
+        Raises:
+            UserError: there are more sources than sequences, or a streamed model would have to write it.
+        """
         key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
 
@@ -257,7 +261,11 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
 
 
 def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
-    """What of a model and of its text decides a result; `Runtime` does not."""
+    """What of a model and of its text decides a result; `Runtime` does not.
+
+    Raises:
+        UserError: the model or the calibration text cannot be used.
+    """
     _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
     return {
         # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
@@ -274,6 +282,9 @@ def calibration_of(run: RunDir, job: Job) -> str:
     """How the settings of a run name the text: as when it was started, where it is the same text by another name.
 
     Only text with another name is read here. What a model wrote has no other name.
+
+    Raises:
+        UserError: the text cannot be read.
     """
     given = ",".join(job.spec.sources)
     started = str(run.pinned()["calibration"]) if (run.path / "calibration.json").is_file() else given

@@ -195,7 +195,8 @@ def measured(
             **more,
         )
 
-    itself, bare = None if reference is None else reference.itself(), next(iter(without.values()), None)
+    itself = None if reference is None else reference.itself()
+    bare = next(iter(without.values()), None)
     return (
         measures(job.checkpoint, before, speeds.get("before"), dense, answers=itself),
         measures(small, after, speeds.get("after"), pruned, answers=answers, perplexity_without_heal=bare),

@@ -97,16 +97,14 @@ class Planning:
         Raises:
             UserError: the folder holds a run with other settings, or the text cannot be used: nothing is written then.
         """
-        ladder, settings = (
-            Ladder(run),
-            {
-                **settings_of(run, self.job),
-                "method": self.method.name,
-                "planner": plain(self.method.settings),
-                # A step of more than two layers is smaller at the end, so that the ladder depends on it.
-                "target": self.target if self.planner.layers_at_once > 2 else None,
-            },
-        )
+        ladder = Ladder(run)
+        settings = {
+            **settings_of(run, self.job),
+            "method": self.method.name,
+            "planner": plain(self.method.settings),
+            # A step of more than two layers is smaller at the end, so that the ladder depends on it.
+            "target": self.target if self.planner.layers_at_once > 2 else None,
+        }
         run.check(settings)
         if not ladder.reaches(self.target):
             _ = self.job.text.calibration  # a mistyped text must leave no folder
@@ -170,7 +168,11 @@ class Planning:
         return (*finalists, *starts_of(recipe, found["blocks"], architecture))
 
     def work(self, ladder: Ladder) -> PlanResult:
-        """The steps that are missing, recorded in the run folder, which is open."""
+        """The steps that are missing, recorded in the run folder, which is open.
+
+        Raises:
+            UserError: the disk is full, the text is another, or what is measured is not finite.
+        """
         if ladder.reaches(self.target):
             progress.current().say(f"{ladder.path}: planned already")
             return self.result(ladder)
@@ -255,6 +257,9 @@ def heal_recipe(
 
     Args:
         states: the original's hidden states on that text, where others than the plan know them.
+
+    Raises:
+        UserError: activations are not finite, or the calibration text is not the one of the run.
     """
     if not stages:
         return None

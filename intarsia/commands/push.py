@@ -90,6 +90,9 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
 
     Args:
         dry_run: nothing is written; the result only says where it would go.
+
+    Raises:
+        UserError: see `push`; so does what is returned.
     """
     if repository is None:
         return lambda result, out: result

@@ -166,7 +166,8 @@ def tailor(
         start = warm.start(translator)
 
         # 6. The search.
-        history, stopped = run.history, None
+        history = run.history
+        stopped = None
         if len(history.made) < plan.trials:
             task = Task(
                 space=space,
@@ -232,7 +233,8 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.disk import check_no_input
 
-    resumes, more = source.is_dir(), search.more_trials
+    resumes = source.is_dir()
+    more = search.more_trials
     problems = Problems()
     with problems:
         check(
@@ -315,7 +317,8 @@ class SearchStart:
         from intarsia.pruning.ladder import Ladder
         from intarsia.tailoring.warm_start import WarmStart, from_recipe, from_search, random_middles
 
-        space, path = translator.space, Path(name)
+        space = translator.space
+        path = Path(name)
         if name == RANDOM_MIDDLE:
             return WarmStart(starts=tuple(random_middles(space, self.file.search.seed)))
         if name not in planners and is_tailor_run(path):
@@ -341,7 +344,8 @@ class SearchStart:
         from intarsia.commands.job import Job
 
         sources = self.search.calibration or tuple(self._shown()) or ("self",)
-        base, tokens = self.file.base, self.search.tokens
+        base = self.file.base
+        tokens = self.search.tokens
         checkpoint = open_checkpoint(ModelRef(model=base.model, revision=base.revision, dequantize=True))
         positions = checkpoint.architecture.config.get("max_position_embeddings")
         most = min(_SEQ_LEN, positions) if isinstance(positions, int) else _SEQ_LEN

@@ -212,13 +212,14 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     Raises:
         UserError: a complete line is no row.
     """
-    remedy = "Delete the damaged lines: the same command measures their models again."
-    with damage_named(path, expected="rows of a comparison with at least `method` and `layers`", remedy=remedy):
-        rows = [
-            Row(**{name: entry[name] for name in Row.__dataclass_fields__ if entry.get(name) is not None})
-            for entry in Log(path).entries()
-        ]
-    return tuple({row.key: row for row in rows}.values())
+    found: dict[Key, Row] = {}
+    expected = "a row of a comparison with at least `method` and `layers`"
+    remedy = "Delete this line: the same command measures the model again."
+    for number, entry in Log(path).numbered():
+        with damage_named(f"{path}, line {number}", expected=expected, remedy=remedy):
+            row = Row(**{name: entry[name] for name in Row.__dataclass_fields__ if entry.get(name) is not None})
+            found[row.key] = row
+    return tuple(found.values())
 
 
 def cells(comparison: Comparison) -> list[dict[str, Any]]:

@@ -94,15 +94,23 @@ def figure(found: Comparison, *, against: str = "parameters", quality: str) -> M
     notes = ["dashed, hollow: healed"] if any(each.dashed for each in series) else []
     if most is not None and any(point.y > most for each in series for point in each.points):
         notes.append(f"arrow: more than {_BROKEN:.0f} times the original's")
+    rules = ((dense, DENSE), (_chance(found, quality), "chance"))
     by_depth = against == "layers"
     return chart(
         series,
         x=layers_axis(row.layers for row in found.pruned) if by_depth else Axis(label=_ACROSS[against]),
         y=Axis(label=label, log=is_text, most=most, zero=quality == "answers that loop"),
-        rules=[] if dense is None else [(dense, DENSE)],
+        rules=[(value, name) for value, name in rules if value is not None],
         note="; ".join(notes),
         title=f"{label} against {_ACROSS[against]}",
     )
+
+
+def _chance(found: Comparison, task: str) -> float | None:
+    """The accuracy of guessing, on a task or as the mean over all of them."""
+    scores = next((row.tasks["scores"] for row in found.rows if row.tasks), ())
+    chances = [score.get("chance") for score in scores if task in (MEAN, score["name"])]
+    return sum(chances) / len(chances) if chances and None not in chances else None
 
 
 def _notes(found: Comparison) -> list[str]:

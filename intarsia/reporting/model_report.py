@@ -95,7 +95,7 @@ def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
     above = {} if run is None else {layers: each for layers, each in run.recipes.items() if layers > depth}
     fits = (recipe.provenance.get("heal") or {}).get("output_projections") or []
     pieces = pieces_of_architecture(architecture_of(config, where=where))
-    return puzzle_section(above | {depth: recipe}, pieces, {} if run is None else run.evidence, fits=fits)
+    return puzzle_section(above | {depth: recipe}, pieces, () if run is None else run.log, fits=fits)
 
 
 def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:

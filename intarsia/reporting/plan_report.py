@@ -110,7 +110,7 @@ def puzzle_sections(run: PlanRun) -> list[Section]:
     """The puzzle picture of every depth."""
     if not run.recipes:
         return []
-    return [puzzle_section(run.recipes, pieces_of(*run.recipes.values()), run.evidence)]
+    return [puzzle_section(run.recipes, pieces_of(*run.recipes.values()), run.log)]
 
 
 def score_section(run: PlanRun) -> Section:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup
@@ -289,7 +288,7 @@ def sources_in_words(recipe: Recipe) -> str:
 def puzzle_section(
     recipes: Mapping[int, Recipe],
     pieces: Pieces,
-    evidence: Mapping[str, Any] = MappingProxyType({}),
+    log: Sequence[Mapping[str, Any]] = (),
     *,
     fits: Sequence[Mapping[str, Any]] = (),
     summary: str = "",
@@ -297,12 +296,13 @@ def puzzle_section(
     """The picture at every depth, the deepest first, and below it the shallowest recipe as a table.
 
     Args:
-        evidence: of the first step of a plan: `influence` of every layer, and `span_scores` by first layer.
+        log: the steps of a plan, the deepest first.
         fits: rows of the closed form, of the shallowest recipe.
     """
     least = min(recipes)
     recipe = recipes[least]
     variants = [variant.name for variant in recipe.variants]
+    evidence = log[0]["evidence"] if log else {}
     rows = [
         {
             "output layer": str(index),
@@ -318,7 +318,9 @@ def puzzle_section(
         "mlp": pieces.mlp,
         "influence": [_digits(value) for value in evidence.get("influence") or ()],
         "spans": {str(start): _digits(value) for start, value in (evidence.get("span_scores") or {}).items()},
-        "depths": {str(layers): _outputs(each, fits if layers == least else ()) for layers, each in recipes.items()},
+        "depths": {
+            str(layers): _outputs(each, log, fits if layers == least else ()) for layers, each in recipes.items()
+        },
     }
     board = Pictures(
         depth=recipe.depth,
@@ -335,18 +337,48 @@ def puzzle_section(
     )
 
 
-def _outputs(recipe: Recipe, fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _outputs(
+    recipe: Recipe, log: Sequence[Mapping[str, Any]], fits: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """What the page's script shows of every output layer."""
     variants = [variant.name for variant in recipe.variants]
     found: list[dict[str, Any]] = [
         {"span": list(span), "parts": [_part(op, number, variants) for number in range(len(op.sources))]}
         for op, span in zip(recipe.layers, recipe.spans, strict=True)
     ]
+    for output, op in zip(found, recipe.layers, strict=True):
+        if notes := _how_joined(op, [step for step in log if step["layers"] >= len(recipe.layers)]):
+            output["notes"] = notes
     for fit in fits:
         if fit.get("ridge") is not None:
             errors = f"error {fit['error_before']:.3g} → {fit['error_after']:.3g}"
             found[int(fit["layer"])].setdefault("notes", []).append((f"fit of {fit['module']}", errors))
     return found
+
+
+def _how_joined(op: Op, log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The last step that joined the sources of a layer, and what was measured then; nothing of a layer kept whole."""
+    sources = {str(source) for source in op.sources}
+    made = [step for step in log if len(sources) > 1 and set(step.get("op") or ()) == sources]
+    if not made:
+        return []
+    step, start = made[-1], made[-1]["merged"][0]
+    evidence, loss = step.get("evidence") or {}, step.get("loss")
+    grid = [entry for entry in evidence.get("grid") or () if entry.get("start", start) == start]
+    chosen = [entry for entry in grid if loss is not None and abs(entry["loss"] - loss) < 1e-9]
+    ratios = {
+        "ratio by block influence": evidence.get("prior_ratios"),
+        "ratio by loss": max(chosen, key=lambda entry: entry["sequences"])["ratios"] if chosen else None,
+    }
+    numbers = {
+        "score of the span then": (evidence.get("span_scores") or {}).get(str(start)),
+        "calibration loss then": loss,
+    }
+    return [
+        ("joined", f"in the step to {step['layers']} layers"),
+        *((name, " : ".join(f"{share:.2f}" for share in shares)) for name, shares in ratios.items() if shares),
+        *((name, f"{value:.4g}") for name, value in numbers.items() if value is not None),
+    ]
 
 
 def _part(op: Op, number: int, variants: Sequence[str]) -> dict[str, Any]:

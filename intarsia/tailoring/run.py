@@ -93,7 +93,7 @@ class History:
         self.path = path
         self._log = Log(path)
         self._trials: list[Trial] = []
-        for number, line in enumerate(self._log.entries(), start=1):
+        for number, line in self._log.numbered():
             try:
                 self._trials.append(_TRIALS.validate_python(line))
             except ValueError as error:

@@ -57,28 +57,33 @@ def test_a_compression_is_a_short_table() -> None:
         "out": "out/demo-25",
     }
     text = shown(data)
-    rows = {name: cells for name, *cells in (re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:8])}
+    rows = {name: cells for name, *cells in (re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:10])}
     assert rows["layers"] == ["30", "25", "-16.7%"]
     assert rows["parameters"] == ["134,515,008", "116,815,008", "-13.2%"]
     assert rows["size"] == ["269 MB", "269 MB", "+0.0%"]
     assert rows["perplexity"] == ["28.2 ± 0.51", "56.4 ± 1", "+100.0%"]
+    assert rows["perplexity before healing"] == ["93.1 ± 2"]
     assert rows["agreement"] == ["0.55 ± 0.02"]
     assert rows["accuracy on tasks"] == ["0.42", "0.42", "+0.0%"]
+    assert rows["tokens/s, prompt"] == ["1,834.5", "1,834.5", "+0.0%"]
     assert rows["tokens/s, writing"] == ["61.2", "61.2", "+0.0%"]
-    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[8:])
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[10:])
     assert lines["on"] == data["evaluation"] and lines["model"] == "out/demo-25"
     assert lines["time"] == "4 min 31 s (seconds: text 12, planning 190, healing 40, evaluation 29)"
     assert lines["try"].endswith('transformers.pipeline("text-generation", "out/demo-25")("Hello")')
     assert len(text.splitlines()) <= 15 and max(map(len, text.splitlines())) <= 80
     warned = shown({**data, "warning": "answers differ more than perplexity says: 55% of tokens agree, 40% loop"})
-    assert "\nbut     answers differ more" in warned
-    assert len(warned.splitlines()) == 14 and max(map(len, warned.splitlines())) <= 80
-    # A model with a chat template is given messages.
+    assert "\nbut     answers differ more" in warned and "before healing" not in warned
+    assert len(warned.splitlines()) == 15 and max(map(len, warned.splitlines())) <= 80
+    # A model with a chat template is given messages; where there are too many lines, some measures are in the report.
     chat = shown({**data, "warning": "x", "chat_template": True})
     assert chat.splitlines()[-2].endswith('chat = transformers.pipeline("text-generation", "out/demo-25")')
     asked = "        chat([{'role': 'user', 'content': 'Hello'}])[0]['generated_text'][-1]"
-    assert chat.splitlines()[-1] == asked
+    assert chat.splitlines()[-1] == asked and "tokens/s, writing" in chat and "size" in chat
+    assert "before healing" not in chat and "tokens/s, prompt" not in chat
     assert len(chat.splitlines()) == 15 and max(map(len, chat.splitlines())) <= 80
+    pushed = shown({**data, "warning": "x", "chat_template": True, "push": {"address": "hub/me/demo-25"}})
+    assert len(pushed.splitlines()) == 15 and "size" not in pushed
     # Without speeds, tasks, healing and parts there is less.
     for measured in (data["before"], data["after"]):
         measured.update(dict.fromkeys(("accuracy", "prefill_per_s", "decode_per_s", "perplexity_without_heal")))

@@ -386,7 +386,8 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
 
     found = refused(methods="come,nothing,mka[x=1]")
     assert "no method 'nothing'" in found and "mka has no options" in found
-    assert "no heal stage 'magic'" in refused(heal=["none", "magic"])
+    found = refused(heal=["magic", "none", "wonder"])
+    assert "no heal stage 'magic'" in found and "no heal stage 'wonder'" in found
     found = refused(eval_windows=[1, 2, 0], task_layers=[9])
     assert [line.split()[0] for line in found.splitlines()] == ["--eval-windows", "--eval-windows", "--task-layers"]
     assert refused(layers=[]) == "--layers names no depth."
@@ -539,8 +540,9 @@ def test_models_that_exist_already(model_folder: Folder, halves: Sizes, quiz: Pa
     assert mine["tasks"]["scores"] == planned["tasks"]["scores"]
     assert mine["tasks"]["retention"]["mean"] == planned["tasks"]["retention"]["mean"]
     lines = (out / "rows.jsonl").read_bytes()
-    compare(model, out, models=[f"mine={five}"], tasks=[str(quiz)], **halves)
+    again = compare(model, out, models=[f"mine={five}"], tasks=[str(quiz)], **halves)
     assert (out / "rows.jsonl").read_bytes() == lines
+    assert {"figure-words.svg", "figure-mean.svg"} <= {file.name for file in again.files}
     other = families.save(families.make_model("llama", seed=3), tmp_path / "other")
     compare(model, tmp_path / "alone", models=[f"mine={other}"], **halves)
     facts = json.loads((tmp_path / "alone" / "compare.json").read_text(encoding="utf-8"))

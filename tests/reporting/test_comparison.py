@@ -50,10 +50,10 @@ def test_error_of_the_mean_over_tasks(tmp_path: Path) -> None:
     assert found.rows[0].measure("mean") == {"value": 0.5, "stderr": pytest.approx(0.025)}
 
 
-def test_a_line_that_was_cut_off_does_not_count_and_a_later_one_wins(tmp_path: Path) -> None:
+def test_a_line_that_is_cut_off_or_blank_does_not_count_and_a_later_one_wins(tmp_path: Path) -> None:
     path = comparison(tmp_path / "run", [*ROWS, row("come", 25, "none", 71.0)])
     with (path / "rows.jsonl").open("a") as file:
-        file.write('{"method": "shortgpt", "layers": 2')
+        file.write('\n{"method": "shortgpt", "layers": 2')
     found = load(path)
     assert len(found.rows) == 4
     assert found.rows[3].perplexity["news"]["value"] == 71.0
@@ -79,7 +79,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = comparison(tmp_path / "run", ROWS)
     with (path / "rows.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 5"):
         load(path)
 
 
