@@ -41,7 +41,7 @@ def run(scorer: Scorer, setting: Setting, rows: Rows, *, methods: tuple[str, ...
 
 
 def members(scorer: Scorer, setting: Setting) -> None:
-    """Scorer the base and the variants as they are."""
+    """Score the base and the variants as they are."""
     for member in (BASE, *VARIANTS):
         scorer.row(member, setting.whole(member))
 

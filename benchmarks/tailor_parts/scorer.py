@@ -50,7 +50,7 @@ class Scorer:
         return key in self._rows and all(self._rows[key].get(name) == value for name, value in facts.items())
 
     def row(self, key: str, recipe: Recipe, **facts: int) -> None:
-        """Scorer a recipe, if that was not done before; the row keeps the facts."""
+        """Score a recipe, if that was not done before; the row keeps the facts."""
         if self.has(key, **facts):
             return
         started = time.process_time()

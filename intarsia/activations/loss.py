@@ -21,6 +21,7 @@ from intarsia.errors import UserError
 TOP = 64
 _CPU_BLOCK = 8 * 49152  # float32 entries of one block: 1.5 MB, inside a core's cache
 _GPU_BLOCK = 64 * 1024 * 1024  # large enough to fill the device, small against the logits themselves
+_COPIED = 512  # positions that are copied at once
 _LEAST_REST = 1e-6
 
 
@@ -95,8 +96,12 @@ def next_token_losses(
     counts_B = counts_BT.sum(dim=1)
 
     def of_sequence(b: int) -> Tensor:
-        # A slice is a view: nothing is copied before a block is converted.
-        at = slice(0, counts_BT.shape[1]) if counts_B[b] == counts_BT.shape[1] else counts_BT[b].nonzero()[:, 0]
+        # A slice is a view: nothing is copied before a block is converted. Padding is left out by copies.
+        dense = bool(counts_BT[b].all())
+        parts = [slice(0, counts_BT.shape[1])] if dense else counts_BT[b].nonzero()[:, 0].split(_COPIED)
+        return torch.cat([of_positions(b, at) for at in parts])
+
+    def of_positions(b: int, at: slice | Tensor) -> Tensor:
         logits_NV = logits_BTV[b, at]
         if expected is not None:
             return Likeliest(*(each[b][at] for each in expected)).divergence(logits_NV)

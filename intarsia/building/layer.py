@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -141,39 +140,37 @@ def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read
     reads, axis = linear.side == "reads", linear.cut_axis
     cuts = [cut for cut in op.cuts if cut.pieces(linear.part)]
     wanted = [positions(architecture, linear, cut.pieces(linear.part)) for cut in cuts]
-    weights = [read(cut.source, f"{linear.module}.weight") for cut in cuts]
-    # The bias of a writing layer belongs to no piece; it is averaged below.
-    biases = [read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None for cut in cuts]
-    folds = [_fold(cut, linear, op, architecture, read) for cut in cuts]
-    weight = torch.empty(architecture.layer_shapes()[f"{linear.module}.weight"], dtype=_widest(weights))
-    bias = torch.empty(len(weight), dtype=_widest([each for each in biases if each is not None]))
-    start = 0
-    for segment in range(len(linear.segments)):
-        for where, source, offsets, fold in zip(
-            (each[segment] for each in wanted), weights, biases, folds, strict=True
-        ):
-            # Some rows at a time: nothing but the result is ever as large.
+    # Segment by segment, in each the cuts one after the other; together they fill the tensor.
+    lengths = [len(where) for segment in zip(*wanted, strict=True) for where in segment]
+    shape = architecture.layer_shapes()[f"{linear.module}.weight"]
+    weight = bias = None
+    for number, cut in enumerate(cuts):
+        # One source at a time and some of its rows: besides the result, one matrix is in memory at most.
+        source = read(cut.source, f"{linear.module}.weight")
+        # The bias of a writing layer belongs to no piece; it is averaged below.
+        offsets = read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None
+        fold = _fold(cut, linear, op, architecture, read)
+        weight = _widened(weight, shape, source.dtype)
+        bias = None if offsets is None else _widened(bias, shape[:1], offsets.dtype)
+        for segment, where in enumerate(wanted[number]):
+            place = segment * len(cuts) + number
             for rows, taken in blocks(source, where, axis):
                 folded, entries = fold(taken, None if offsets is None else offsets[where[rows]])
-                place = slice(start + rows.start, start + rows.stop)
-                if axis == 0:
-                    weight[place] = folded
-                else:
-                    weight[rows, start : start + len(where)] = folded
-                if entries is not None:
-                    bias[place] = entries
-            start += len(where)
-    assert start == weight.shape[axis], "pieces of all sources fill a tensor"
+                weight.split(lengths, axis)[place][rows] = folded
+                if bias is not None and entries is not None:
+                    bias.split(lengths)[place][rows] = entries
+        del source  # 8-bit weights are made when they are read
+    assert weight is not None, "pieces of all sources fill a tensor"
     tensors = {f"{linear.module}.weight": weight}
     if linear.bias:
         name = f"{linear.module}.bias"
-        tensors[name] = bias if reads else _average(name, linear, op, read)
+        tensors[name] = _average(name, linear, op, read) if bias is None else bias
     return tensors
 
 
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype that holds all of them, as `torch.cat` finds it."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors)) if tensors else None
+def _widened(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype that holds another one's entries too, as `torch.cat` finds it; an empty one for none."""
+    return torch.empty(shape, dtype=dtype) if tensor is None else tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
 def _expert_tensors(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:

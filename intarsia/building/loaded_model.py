@@ -212,8 +212,9 @@ class LoadedModel:
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
             self.model.set_submodule(self.architecture.layers_in_memory, nn.ModuleList())
-            nn.Module.to(self.model, device)
+            # Before the rest is moved: it counts as still to come to the first device.
             place_layers(self.layers, sum(parameter.nbytes for parameter in self.model.parameters()), devices)
+            nn.Module.to(self.model, device)
             self.model.set_submodule(self.architecture.layers_in_memory, layers)
         if self.offload is not None:
             for index, layer in enumerate(self.layers):

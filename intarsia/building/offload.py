@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
@@ -32,8 +32,9 @@ class _Rest:
     op: Op
     read: Callable[[], Values]
     empty: Mapping[str, nn.Parameter]
-    # Blocks and forwards under way that need the values.
+    # Blocks and forwards under way that need the values; forwards may be in several threads.
     users: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     # The values, where they are read ahead.
     coming: Future[Values] | None = None
 
@@ -97,24 +98,28 @@ class Offload:
         rest = self._known.get(module)
         if rest is None:  # it has values of its own
             return
-        if not rest.users:
-            coming, rest.coming = rest.coming or self._thread.submit(self._read, rest), None
-            for name, value in coming.result().items():
-                if value.is_cuda:  # made on another stream: not to be reused before this one is done with it
-                    value.record_stream(torch.cuda.current_stream(value.device))
-                set_parameter(module, name, value)
-        rest.users += 1
+        with rest.lock:
+            if not rest.users:
+                coming, rest.coming = rest.coming or self._thread.submit(self._read, rest), None
+                for name, value in coming.result().items():
+                    if value.is_cuda:  # made on another stream: not to be reused before this one is done with it
+                        value.record_stream(torch.cuda.current_stream(value.device))
+                    set_parameter(module, name, value)
+            rest.users += 1
 
     def _sleep(self, module: nn.Module) -> None:
         rest = self._known.get(module)
-        if rest is None or not rest.users:  # it could not be read
+        if rest is None:
             return
-        rest.users -= 1
-        if not rest.users:
-            for name, parameter in rest.empty.items():
-                set_parameter(module, name, parameter)
-            self._count(-1)
-            give_back()
+        with rest.lock:
+            if not rest.users:  # it could not be read
+                return
+            rest.users -= 1
+            if not rest.users:
+                for name, parameter in rest.empty.items():
+                    set_parameter(module, name, parameter)
+                self._count(-1)
+                give_back()
 
     def _read(self, rest: _Rest) -> Values:
         self._count(+1)
@@ -156,7 +161,7 @@ def place_layers(layers: Sequence[nn.Module], outside: int, devices: Sequence[to
     """Lay a model's layers over devices, in blocks as their free memory allows.
 
     Args:
-        outside: bytes of the rest of the model, which the first device has.
+        outside: bytes of the rest of the model, which the first device is still to have.
     """
     sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers]
     free = [free_bytes(device) * _SHARE_OF_FREE for device in devices]

@@ -180,10 +180,6 @@ def tailor(
             if file.heal != "none":
                 run.fits.mkdir(exist_ok=True)
 
-            def on_front(front: Front) -> None:
-                run.write_front(front)
-                run.keep_fits({trial.recipe for trial in front.points})
-
             opener = OpenScorer(
                 file=file, runtime=runtime, fits=run.fits, plugins=loaded_plugins(), trust_remote_code=trusts()
             )
@@ -196,7 +192,8 @@ def tailor(
                     trials=plan.trials,
                     name=plan.engine.name,
                     recipe_of=translator.recipe,
-                    on_front=on_front,
+                    on_front=run.write_front,
+                    on_trial=run.keep_fits,
                 ).run()
         if stopped is not None:
             current().say(f"stopped after {len(history.made)} trials: {stopped}")

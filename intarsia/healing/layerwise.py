@@ -124,7 +124,8 @@ class _Training:
         self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
         self.best: dict[str, Tensor] = {}
         found = None if task.folder is None else load_state(_state_path(task.folder, task.index, "state"))
-        if found is None:
+        # A state of an earlier form, where Adam's tensors have other names, is none.
+        if found is None or any(name.count(".") != 2 for name in found[0] if name.startswith("adam.")):
             self.standing = Standing.start(self._held_out_loss(), f"layerwise training of output layer {task.index}")
         else:
             self.standing = Standing(**found[1])

@@ -158,7 +158,7 @@ class StageResult:
     recipe: Recipe
     # The recipe's file in the run folder.
     path: Path
-    # Perplexities of the selection and evaluation texts, and hidden-state errors (see `Quality`).
+    # Perplexities of the selection and evaluation texts, and hidden-state errors (see `quality`).
     quality: dict[str, Any]
     # Whether it was accepted.
     taken: bool = True
@@ -455,4 +455,4 @@ def _clear(folder: Path) -> None:
     """Of a recorded stage, delete the tensors of its state; logs stay."""
     for path in list(folder.glob("*")):
         if any(file.suffix in _TENSORS for file in (path, *path.rglob("*"))):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -54,9 +54,8 @@ def load_student(
     rank, layers = settings.lora, checkpoint.architecture.layers_in_memory
     model = load_model(checkpoint, device=device, dtype=torch.float32 if rank is None else None)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = [
-        name for name in linear if name.startswith(f"{layers}.")
-    ]  # experts are none in memory, nor is their router
+    # Experts and their router are no linear modules in memory.
+    targets = [name for name in linear if name.startswith(f"{layers}.")]
     if rank is not None and targets:
         _add_lora(model, targets, rank)
     else:

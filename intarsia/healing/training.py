@@ -343,7 +343,7 @@ _LONGEST_WAIT = timedelta(days=7)
 
 
 def rank() -> int:
-    """Which of the launched processes this is; 0 where there is one only. Needs nothing to be imported."""
+    """Which of the launched processes this is; 0 where there is one only. Reads the environment alone."""
     return int(os.environ.get("RANK", "0"))
 
 

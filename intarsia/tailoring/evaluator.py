@@ -61,12 +61,14 @@ from intarsia.tailoring.objective import (
     read_objectives,
     segments,
 )
-from intarsia.tailoring.trial_run import FamilyModel, Runner, TrialFailed, path_of
+from intarsia.tailoring.trial_run import ByteCache, FamilyModel, Runner, TrialFailed, path_of
 
 _HEAL_TOKENS = 16384
 _SHARE_OF_FREE = 0.3  # of memory, for caches
 _MOST_ON_CPU = 2**30
 _GPU_LOGITS = 2**30
+_VALUES_BYTES = 32 * 2**20
+_VALUES_OVERHEAD = 400  # bytes of a small array with its key
 _SETTINGS = ClosedFormSettings()
 
 
@@ -171,7 +173,7 @@ class Evaluator:
         self._batches: dict[Unit, tuple[Batch, ...]] = {}
         self._likeliest: dict[tuple[Unit, int], Likeliest] = {}
         # Of every request its log-likelihood, or its divergence from the base, by the key of the recipe.
-        self._values: dict[str, dict[Unit, Values]] = {}
+        self._values: ByteCache[tuple[str, Unit], Values] = ByteCache(_VALUES_BYTES)
         self.base: Outcome | None = None
         if probe:
             with current().task("measuring the base", total=1) as task:
@@ -242,8 +244,11 @@ class Evaluator:
         assert self._heal_on is not None, "opened for candidates that are healed"
         kept = None if self._fits is None else self._fits / f"{schema.content_hash(recipe)}.yaml"
         if kept is not None and kept.exists():
-            with suppress(UserError):  # damaged: it is fitted again
+            try:
                 return replace(recipe, fitted=schema.load(kept).fitted)
+            except UserError:  # damaged: it is fitted again, and a damaged file is not overwritten
+                for path in (kept, kept.with_suffix(".safetensors")):
+                    path.unlink(missing_ok=True)
         with self._failing():
             uncut = [self.model.module(op) for op in reference_layers(recipe)]
             loop = Loop(self.model, Batches(self._heal_on, self.model.device))
@@ -282,9 +287,12 @@ class Evaluator:
         units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
         tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
         far = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._likeliest]
-        for name, _, logits_NV in self._logits(self.uncut, far, tokens):
-            self._likeliest[name] = Likeliest.of(logits_NV)
-        work, known = self.runner.work, self._values.setdefault(path_of(recipe)[-1], {})
+        # All of them or none: memory may not suffice for a later batch.
+        self._likeliest |= {
+            name: Likeliest.of(logits_NV) for name, _, logits_NV in self._logits(self.uncut, far, tokens)
+        }
+        work, key = self.runner.work, path_of(recipe)[-1]
+        known = {unit: value for unit in units if (value := self._values.get((key, unit))) is not None}
         new = {
             (number, segment): torch.zeros(len(self.measured[number].requests(segment)), dtype=torch.float64)
             for number, segment in units
@@ -301,6 +309,8 @@ class Evaluator:
                 raise TrialFailed(f"NaN or infinity in {self.objectives[unit[0]]}")
             new[unit].index_add_(0, batch.request_M, value_M)
         known |= {unit: sums_R.numpy() for unit, sums_R in new.items()}
+        for unit in new:
+            self._values.put((key, unit), known[unit], known[unit].nbytes + _VALUES_OVERHEAD)
         values = [np.concatenate([known[unit] for unit in units if unit[0] == n]) for n in range(len(counts))]
         return values, tokens, self.runner.work - work
 

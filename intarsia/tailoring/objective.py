@@ -161,14 +161,20 @@ def segments(count: int, cuts: Sequence[int]) -> Iterator[Segment]:
 
 
 def check_varied(objectives: Sequence[Objective], scores: Sequence[npt.NDArray[np.float64]]) -> None:
-    """Refuse objectives on each example of which the base has the same score: they hardly tell models apart.
+    """Refuse objectives that do not tell models apart: equal examples, or the same score for the base on each.
 
     Raises:
         UserError: naming all of them.
     """
     problems = Problems()
     for objective, found in zip(objectives, scores, strict=True):
-        if objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
+        if len(objective.examples) > 1 and len({example.requests for example in objective.examples}) == 1:
+            problems.add(
+                f"Objective {objective.name} ({objective.source}) does not tell models apart: all "
+                f"{len(objective.examples)} examples are the same.",
+                "Give it other data.",
+            )
+        elif objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
             problems.add(
                 f"Objective {objective.name} ({objective.source}) does not tell models apart: the base's score is the "
                 f"same for each of its {len(found)} examples.",

@@ -7,7 +7,7 @@
 - `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
 - `trials.jsonl`: the log (`Trial`).
 - `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `evaluated` are the final scores.
-- `fits/`: during the search, healed recipes of trials; when the front changes, those of the front stay.
+- `fits/`: during the search, healed recipes of trials that are running or lead at their budget.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the report.
 """
 
@@ -242,6 +242,20 @@ def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: 
         points=tuple(sorted(points, key=lambda trial: (_costs(trial), trial.number))),
         rivals=tuple(rivals),
     )
+
+
+def leading(trials: Iterable[Trial]) -> set[str]:
+    """The hashes of recipes that are on the front of the greatest budget that they were tried at."""
+    fine = [trial for trial in trials if trial.costs is not None]
+    greatest: dict[str, int] = {}
+    for trial in fine:
+        greatest[trial.recipe] = max(trial.budget, greatest.get(trial.recipe, 0))
+    found: set[str] = set()
+    for budget in set(greatest.values()):
+        rivals = [trial for trial in fine if trial.budget == budget]
+        front = [rivals[index].recipe for index in non_dominated([_costs(trial) for trial in rivals])]
+        found |= {recipe for recipe in front if greatest[recipe] == budget}
+    return found
 
 
 FACTS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "front.json"

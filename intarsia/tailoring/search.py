@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 from uuid import uuid4
 
 import torch
@@ -29,17 +29,30 @@ from intarsia.tailoring.engine import Ask, Engine, Task
 from intarsia.tailoring.evaluator import Evaluator, Outcome
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import FamilyFile
-from intarsia.tailoring.run import EARLIER, Front, History, Key, Trial, front_of
+from intarsia.tailoring.run import EARLIER, Front, History, Key, Trial, front_of, leading
 from intarsia.tailoring.trial_run import TrialFailed
 
 ATTEMPTS = 2
 _LONGEST = 300  # characters of a reason
 _DOOMED = 5  # a search stops when its first trials all fail
 _REPEATS = 1000
+_PATIENCE = 60  # seconds without a worker
 
 Evaluate: TypeAlias = Callable[[Recipe, int], Outcome]
 """Gives the costs of a recipe at a budget, or raises TrialFailed."""
-Opener: TypeAlias = Callable[[str], Evaluate]
+
+
+class Scorer(Protocol):
+    """What evaluates in a worker, such as `Evaluator`."""
+
+    def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
+        """The costs of a recipe at a budget, or TrialFailed."""
+
+    def close(self) -> None:
+        """Release what is cached."""
+
+
+Opener: TypeAlias = Callable[[str], Scorer]
 """Opens a scorer in the process of the worker of that name; can be pickled."""
 
 
@@ -59,6 +72,8 @@ class Search:
     recipe_of: Callable[[Candidate], Recipe]
     # Called with the Pareto front whenever a trial has changed it.
     on_front: Callable[[Front], None] = lambda front: None
+    # Called after every trial with the hashes of the recipes that are running or may be needed again.
+    on_trial: Callable[[Set[str]], None] = lambda recipes: None
     # Running trials, each with the questions that it answers.
     _open: dict[Key, list[Ask]] = field(default_factory=dict, init=False)
     _stopped: str | None = field(default=None, init=False)
@@ -83,6 +98,7 @@ class Search:
                 bar.advance()
                 if front is not None and any(point is trial for point in front.points):
                     self.on_front(front)
+                self.on_trial(leading(self.history) | {recipe for recipe, _ in self._open})
                 self._stop_if_doomed()
                 self._fill()
         return self._stopped
@@ -241,25 +257,36 @@ class OnDask:
     """Workers of a Dask client."""
 
     def __init__(self, client: Any, opener: Opener, count: int) -> None:
-        from distributed import as_completed
-
         self.count = count
         self._client, self._opener, self._search = client, opener, uuid4().hex
         self._open: dict[Any, Key] = {}
-        self._finished = as_completed()
 
     def submit(self, key: Key, recipe: Recipe, budget: int) -> None:
         """Submit a trial to Dask."""
         work = (_score_here, self._search, self._opener, key, recipe, budget)
-        future = self._client.submit(*work, pure=False)
-        self._open[future] = key
-        self._finished.add(future)
+        self._open[self._client.submit(*work, pure=False)] = key
 
     def next(self) -> Done:
-        """Wait for one of them."""
-        from distributed import KilledWorker
+        """Wait for one of them; of several that are finished, take the one that was submitted first.
 
-        future = next(self._finished)
+        Raises:
+            UserError: there was no worker for a minute.
+        """
+        from distributed import KilledWorker, wait
+        from distributed import TimeoutError as NotYet
+
+        idle = 0
+        while not (finished := [future for future in self._open if future.done()]):
+            try:
+                wait(list(self._open), timeout=1, return_when="FIRST_COMPLETED")
+            except NotYet as error:
+                idle = 0 if self._client.nthreads() else idle + 1
+                if idle >= _PATIENCE:
+                    raise UserError(
+                        f"There was no worker for {_PATIENCE} seconds.",
+                        "Start workers (dask worker ADDRESS); the same command resumes.",
+                    ) from error
+        future = finished[0]
         key = self._open.pop(future)
         try:
             done: Done = future.result()
@@ -276,7 +303,7 @@ class OnDask:
 Workers: TypeAlias = InProcess | OnDask
 """They run at most `count` trials at once."""
 
-_OPENED: dict[str, Evaluate] = {}
+_OPENED: dict[str, Scorer] = {}
 """The scorer of this worker process, by search: the last one's."""
 
 
@@ -286,9 +313,11 @@ def _score_here(search: str, opener: Opener, key: Key, recipe: Recipe, budget: i
 
     worker = str(get_worker().name)
     if search not in _OPENED:
+        for old in _OPENED.values():
+            old.close()
         _OPENED.clear()
         _OPENED[search] = opener(worker)
-    return scored(_OPENED[search], key, recipe, budget, worker=worker)
+    return scored(_OPENED[search].evaluate, key, recipe, budget, worker=worker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +332,10 @@ class OpenScorer:
     plugins: tuple[str, ...] = ()
     # Whether models' own code may run.
     trust_remote_code: bool = False
+    # Whether worker N takes GPU N; those of another scheduler may have been given theirs already.
+    numbered: bool = False
 
-    def __call__(self, worker: str) -> Evaluate:
+    def __call__(self, worker: str) -> Evaluator:
         """A scorer, on a GPU of its own where there are several and workers are numbered."""
         for plugin in self.plugins:
             load_plugin(plugin)
@@ -312,9 +343,9 @@ class OpenScorer:
             trust_remote_code().__enter__()  # for as long as the process lives
         runtime = self.runtime
         device = default_device() if runtime.device is None else torch.device(runtime.device)
-        if device.type == "cuda" and ":" not in str(device) and worker.isdecimal():
+        if device.type == "cuda" and ":" not in str(device) and self.numbered:
             runtime = replace(runtime, device=f"cuda:{int(worker) % torch.cuda.device_count()}")
-        return Evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=self.fits).evaluate
+        return Evaluator(open_family(self.file.members), self.file, runtime, probe=False, fits=self.fits)
 
 
 @contextmanager
@@ -326,7 +357,7 @@ def open_workers(
         yield InProcess(evaluator.evaluate)
         return
     evaluator.close()
-    memory = opener.runtime.memory_bytes
+    opener, memory = replace(opener, numbered=scheduler is None), opener.runtime.memory_bytes
     if scheduler is None and count is not None and memory is not None:
         opener = replace(opener, runtime=replace(opener.runtime, memory=str(memory // count)))
     with dask_workers(opener, scheduler=scheduler, count=count) as workers:
@@ -337,8 +368,10 @@ def open_workers(
 def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
     """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine."""
     with _own_workers(count or 1) if scheduler is None else _connected(scheduler) as client:
-        there = sum(client.nthreads().values())
-        workers = OnDask(client, opener, min(count or there, there))
+        if scheduler is not None:
+            there = max(sum(client.nthreads().values()), 1)
+            count = min(count or there, there)
+        workers = OnDask(client, opener, count or 1)
         try:
             yield workers
         finally:

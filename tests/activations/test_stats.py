@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from intarsia.activations import loss
 from intarsia.activations.loss import Likeliest, next_token_losses
 from intarsia.activations.statistics import ChannelSums, LayerMeasure, cosines, output_projections, require_finite
 from intarsia.activations.stream import LayerStream
@@ -200,7 +201,9 @@ def test_equals_cross_entropy(dtype: torch.dtype, vocabulary: int) -> None:
     assert counts.tolist() == [6, 6, 6]
 
 
-def test_padding_does_not_count() -> None:
+@pytest.mark.parametrize("copied", [512, 2])
+def test_padding_does_not_count(copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_COPIED", copied)
     logits, ids = _case()
     lengths = [7, 4, 1]
     mask = torch.arange(7)[None] < torch.tensor(lengths)[:, None]

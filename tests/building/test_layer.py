@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import PARTS, Part
+from intarsia.building import slicing
 from intarsia.building.layer import layer_tensors, parts_of_tensors
 from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.materialize import assembled, materialize
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError
 from intarsia.recipe.algebra import concat_of, half_layers
-from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe
+from intarsia.recipe.recipe import Concat, LayerRef, Merge, NormMode, Op, Recipe
 from intarsia.recipe.validate import check
 from tests import families
 from tests.building import by_hand, by_parts
@@ -202,6 +204,34 @@ def test_average_mode(family: str, checkpoint_of: Opened) -> None:
         if linear.bias and linear.side == "writes":
             bias = f"{linear.module}.bias"
             torch.testing.assert_close(found[bias], mean(bias, linear.part), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["fold", "average"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_some_rows_at_a_time_are_all_rows(
+    fused: bool, norm: NormMode, checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of several sources, in blocks that end in the middle of them; two dtypes become the wider one."""
+    checkpoint = checkpoint_of("phi3" if fused else "opt")
+    architecture, matrices = checkpoint.architecture, list[weakref.ref[torch.Tensor]]()
+    op = shared(architecture, [0, 4, 5], norm=norm)
+
+    def read(source: LayerRef, name: str) -> torch.Tensor:
+        tensor = checkpoint.layer_tensor(source.layer, name).to(torch.float64 if source.layer == 4 else torch.float32)
+        if tensor.ndim == 2:
+            assert not any(matrix() is not None for matrix in matrices), "one is in memory at a time"
+            tensor = tensor.clone()
+            matrices.append(weakref.ref(tensor))
+        return tensor
+
+    expected = layer_tensors(op, architecture, read)
+    monkeypatch.setattr(slicing, "_ROWS", 3)
+    found = layer_tensors(op, architecture, read)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert tensor.ndim == 1 or tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma3", "stablelm"])

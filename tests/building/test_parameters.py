@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from intarsia.activations.stream import LayerStream
+from intarsia.building import loaded_model, offload
 from intarsia.building.layer import parameter_name, parameter_names, tensor_names, to_parameters, to_tensors
 from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.offload import blocks
@@ -100,3 +102,27 @@ def test_blocks_follow_the_memory_that_is_free(sizes: list[int], free: list[floa
     found = blocks(sizes, free)
     assert found == expected
     assert found == sorted(found), "blocks are contiguous"
+
+
+def test_the_rest_of_a_model_counts_once(checkpoint_of: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first device has room for all that is outside the layers and for half of them, the second for half."""
+    first, read = torch.device("meta"), list[torch.nn.Module]()
+    plain = load_model(checkpoint_of("llama"), device=CPU)
+    layers = sum(parameter.nbytes for parameter in plain.model.layers.parameters())
+    outside = sum(parameter.nbytes for parameter in plain.parameters()) - layers
+
+    def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        read.append(load_model(*args, **kwargs))
+        return read[0]
+
+    def free(device: torch.device) -> int:
+        there = sum(parameter.nbytes for parameter in read[0].parameters() if parameter.device == device)
+        room = outside + layers // 2 - there if device == first else layers // 2
+        return int(room / 0.8)
+
+    monkeypatch.setattr(loaded_model, "load_model", load)
+    monkeypatch.setattr(offload, "free_bytes", free)
+    resident = LoadedModel(checkpoint_of("llama"), device=first, devices=(first, CPU))
+    devices = [next(layer.parameters()).device for layer in resident.layers]
+    assert devices == [first] * 3 + [CPU] * 3
+    assert resident.model.get_input_embeddings().weight.device == first

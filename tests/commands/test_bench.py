@@ -70,7 +70,7 @@ def test_everything_wrong_is_reported_at_once(shallow: str) -> None:
     with pytest.raises(UserError) as raised:
         intarsia.bench(shallow, batch=(1, 0), prompt_len=families.POSITIONS, new_tokens=1, repeats=0)
     said = [problem.message for problem in raised.value.problems]
-    assert [words.split()[0] for words in said] == ["--batch", "--new-tokens", "--repeats", "Prompt"]
+    assert [words.split()[0] for words in said] == ["--batch", "--repeats", "--new-tokens", "Prompt"]
     assert shallow in said[-1]
     with pytest.raises(UserError) as raised:
         intarsia.bench("./no-model", "./none-here")

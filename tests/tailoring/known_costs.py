@@ -12,7 +12,6 @@ from pathlib import Path
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring.evaluator import Outcome
-from intarsia.tailoring.search import Evaluate
 from intarsia.tailoring.trial_run import TrialFailed
 
 OBJECTIVES = ("early", "late")
@@ -57,13 +56,16 @@ class Known:
         costs = tuple(cost + wobble for cost in true_costs(recipe))
         return Outcome(costs=costs, examples=(budget, budget), layer_forwards=float(len(recipe.layers)), seconds=0.01)
 
+    def close(self) -> None:
+        self.scored.clear()
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenKnown:
     """Opens a scorer in a worker."""
 
-    def __call__(self, worker: str) -> Evaluate:
-        return Known().evaluate
+    def __call__(self, worker: str) -> Known:
+        return Known()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,10 @@ class OpenDeadly:
     mark: Path
     always: bool = False
 
-    def __call__(self, worker: str) -> Evaluate:
+    def __call__(self, worker: str) -> Known:
         def dies(recipe: Recipe, budget: int) -> None:
             if content_hash(recipe) == self.recipe and (self.always or not self.mark.exists()):
                 self.mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return Known(fails=dies).evaluate
+        return Known(fails=dies)

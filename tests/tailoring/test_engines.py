@@ -195,6 +195,23 @@ def test_warm_start_comes_first(name: str, tmp_path: Path) -> None:
     assert warm == {start.candidate for start in starts}
 
 
+@needs_smac
+def test_smac_and_what_it_did_not_ask_for() -> None:
+    """Trials of an earlier search leave its first stage to new candidates; a failed one costs little more than any."""
+    space = make_translator().space
+    engine, rng = made("smac", space), random.Random(7)
+    earlier = [space.random(rng) for _ in range(12)]
+    for number, candidate in enumerate(earlier):
+        engine.tell(candidate, BUDGETS[0], (1.0 + number / 10, 3.0))
+    for _ in range(5):
+        (ask,) = engine.ask(1)
+        assert ask.budget == BUDGETS[0] and ask.candidate not in earlier
+        engine.tell(ask.candidate, ask.budget, None)
+    history = engine._facade.runhistory  # type: ignore[attr-defined]
+    assert sorted(value.cost for value in history.values())[-5:] == [[2 * 2.1 + 1, 2 * 3.0 + 1]] * 5
+    assert len(history) == 12 + 5
+
+
 def best_sum(engine: Engine, trials: int) -> float:
     """The least sum of two costs that an engine finds: wrong members of early layers, and of late ones.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -279,6 +280,7 @@ def test_a_fit_is_found_again(pair: Pair, objectives: Sequence[ObjectiveSpec], t
     assert not evaluator.heal(made).fitted[index][name].any()
     side.write_bytes(side.read_bytes()[:100])
     assert schema.content_hash(evaluator.heal(made)) == first == schema.content_hash(evaluator.heal(made))
+    assert schema.content_hash(schema.load(file)) == first
 
 
 def test_no_room_for_a_fit(
@@ -363,6 +365,25 @@ def test_infinite_states_are_a_failure(pair: Pair, objectives: Sequence[Objectiv
     layers = (select(0), merged(3, 1e30), select(5))
     with pytest.raises(TrialFailed, match="NaN or infinity in prose"):
         evaluator.evaluate(recipe(members, *layers), 4)
+
+
+def test_a_lack_of_memory_for_the_base_is_made_up_for(
+    pair: Pair, objectives: Sequence[ObjectiveSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails at the second batch of the base's distributions: the next trial measures all of them."""
+    evaluator = opened(pair("llama"), objectives[-1:], probe=False)
+    evaluator._batch_tokens = 24
+    usual, calls = evaluator.runner.stream.logits, iter(range(1000))
+
+    def fails_once(*given: Any) -> Tensor:
+        if next(calls) == 1:
+            raise MemoryError
+        return usual(*given)
+
+    monkeypatch.setattr(evaluator.runner.stream, "logits", fails_once)
+    with pytest.raises(TrialFailed):
+        evaluator.evaluate(evaluator.uncut, 4)
+    assert evaluator.evaluate(evaluator.uncut, 4).costs == pytest.approx((0.0,), abs=1e-6)
 
 
 @pytest.mark.parametrize(

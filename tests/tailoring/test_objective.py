@@ -96,6 +96,12 @@ def test_objectives_that_say_nothing() -> None:
     assert len(found) == 2 and "wrong (wrong.jsonl)" in found[0] and "each of its 2 examples" in found[1]
     # One question is no reason to refuse, and a base is never far from itself.
     check_varied([made("wrong", "accuracy", ASKED[:1]), far], [one, same])
+    # Equal examples may have scores that differ a little, in batches of different shapes.
+    twice = [made(measure, measure, ASKED[:1] * 2) for measure in ("kl", "loss")]
+    with pytest.raises(UserError) as caught:
+        check_varied(twice, [same, np.array([0.3, 0.3 + 1e-9])])
+    assert all("all 2 examples are the same" in str(problem) for problem in caught.value.problems)
+    assert len(caught.value.problems) == 2
 
 
 def question(gold: int, length: int, source: str = "") -> Example:

@@ -14,7 +14,7 @@ from intarsia.errors import UserError
 from intarsia.tailoring.candidate import Candidate, from_plain, single, to_plain
 from intarsia.tailoring.engine import chebyshev, draw_weights, order, scaled
 from intarsia.tailoring.recipes import Translator
-from intarsia.tailoring.run import EARLIER, History, Trial, dominates, front_of, non_dominated
+from intarsia.tailoring.run import EARLIER, History, Trial, dominates, front_of, leading, non_dominated
 
 
 def make_trial(
@@ -147,6 +147,18 @@ def test_front_compares_at_one_budget() -> None:
     assert (front.best("a").number, front.best("b").number) == (1, 3)
     assert front.to_dict()["best"] == {"a": 1, "b": 3}
     assert front.to_dict()["points"][1]["costs"] == {"a": 2.0, "b": 2.0}
+
+
+def test_what_may_be_promoted_or_built() -> None:
+    trials = [
+        trial(0, (1.0, 1.0), budget=4),
+        trial(1, (0.5, 2.0), budget=4),
+        trial(2, (2.0, 2.0), budget=4),
+        trial(0, (3.0, 3.0)),
+        trial(3, None),
+    ]
+    assert leading(trials) == {"0", "1"}
+    assert leading([*trials, trial(4, (2.0, 2.0))]) == {"1", "4"} and leading([]) == set()
 
 
 def test_the_knee_weighs_differences_as_all_trials_of_its_budget_do() -> None:

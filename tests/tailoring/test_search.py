@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from intarsia.errors import UserError
+from intarsia.options import Runtime
 from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Recipe
 from intarsia.recipe.schema import content_hash
+from intarsia.tailoring import search
 from intarsia.tailoring.candidate import Blend, Keep
 from intarsia.tailoring.engine import Start, Task
 from intarsia.tailoring.engines.random import RandomSearch
 from intarsia.tailoring.evaluator import Outcome
-from intarsia.tailoring.run import EARLIER, Front, History
+from intarsia.tailoring.family_file import FamilyFile, MemberSpec, ObjectiveSpec, TargetSpec
+from intarsia.tailoring.run import EARLIER, Front, History, TailorRun, leading
 from intarsia.tailoring.search import (
+    Done,
     InProcess,
     OnDask,
     Opener,
+    OpenScorer,
     Search,
     Workers,
     check_scheduler,
@@ -41,6 +47,7 @@ def run(
     starts: tuple[Start, ...] = (),
     earlier: WarmStart | None = None,
     fronts: list[Front] | None = None,
+    on_trial: Callable[[Set[str]], None] = lambda recipes: None,
     seed: int = 0,
 ) -> History:
     translator = make_translator()
@@ -56,6 +63,7 @@ def run(
         name="random",
         recipe_of=translator.recipe,
         on_front=lambda front: fronts.append(front) if fronts is not None else None,
+        on_trial=on_trial,
     ).run()
     return history
 
@@ -122,6 +130,35 @@ def test_fronts_are_reported_as_they_change(tmp_path: Path) -> None:
     newest = [max(point.number for point in front.points) for front in fronts]
     assert newest == sorted(set(newest))
     assert fronts[-1].budget == 36 and fronts[-1].top
+
+
+def test_fits_of_running_and_leading_trials_stay(tmp_path: Path) -> None:
+    tailor_run = TailorRun(tmp_path)
+    tailor_run.fits.mkdir()
+
+    class Three(InProcess):
+        """Three at a time, each of which leaves a fit when it is scored."""
+
+        count = 3
+
+        def next(self) -> Done:
+            (tailor_run.fits / f"{self._waiting[0][0][0]}.yaml").touch()
+            # As if a worker were done with the next one too.
+            (tailor_run.fits / f"{self._waiting[-1][0][0]}.yaml").touch()
+            return super().next()
+
+    workers = Three(Known().evaluate)
+    made: set[str] = set()
+
+    def on_trial(recipes: Set[str]) -> None:
+        running = {key[0] for key, _, _ in workers._waiting}
+        assert recipes == leading(History(tmp_path / "log")) | running
+        made.update(path.stem for path in tailor_run.fits.iterdir())
+        tailor_run.keep_fits(recipes)
+        assert {path.stem for path in tailor_run.fits.iterdir()} == made & recipes
+
+    history = run(tmp_path / "log", workers, trials=30, on_trial=on_trial)
+    assert 0 < len([*tailor_run.fits.iterdir()]) < len({trial.recipe for trial in history})
 
 
 def test_words(tmp_path: Path) -> None:
@@ -222,6 +259,18 @@ def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:
 
 # Workers
 
+
+@pytest.mark.parametrize(("numbered", "device"), [(True, "cuda:1"), (False, "cuda")])
+def test_only_workers_of_our_own_choose_a_gpu(numbered: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "Evaluator", lambda family, file, runtime, **settings: runtime.device)
+    monkeypatch.setattr(search, "open_family", lambda members: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    file = FamilyFile(
+        base=MemberSpec(model="base"), target=TargetSpec(layers=4), objectives=(ObjectiveSpec(name="a", loss="b.txt"),)
+    )
+    assert OpenScorer(file=file, runtime=Runtime(device="cuda"), numbered=numbered)("3") == device
+
+
 distributed = pytest.importorskip("distributed")
 
 
@@ -276,6 +325,19 @@ def test_an_existing_scheduler(tmp_path: Path) -> None:
         with dask_workers(OpenKnown(), scheduler=cluster.scheduler_address, count=None) as workers:
             assert isinstance(workers, OnDask) and workers.count == 1
             assert len(run(tmp_path / "log", workers, trials=5)) == 5
+
+
+def test_without_workers_the_search_waits_a_while_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_PATIENCE", 2)
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        dask_workers(OpenKnown(), scheduler=cluster.scheduler_address, count=None) as workers,
+    ):
+        cluster.scale(0)
+        with pytest.raises(UserError, match="no worker for 2 seconds"):
+            run(tmp_path / "log", workers, trials=5)
 
 
 def test_a_scheduler_that_is_not_there() -> None:

@@ -199,7 +199,6 @@ def magnitude_ratios(
     Returns:
         Also the layer-forwards over the calibration text.
     """
-
     sums: dict[int, Tensor] = {}
     numbers: dict[int, int] = {}
 

@@ -11,7 +11,6 @@ layers (published: random choices). Stages see parts of one calibration text (pu
 
 A model is run from the original's hidden states before its first change. What was evaluated is logged, so a search that
 was stopped repeats none of it.
-
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ class _Search:
         self.random = random.Random(self.settings.search_seed)
         self.losses: dict[tuple[Kept, int, int], float] = {}
         entries = [] if self.journal is None else self.journal.entries()
-        self.logged = {(tuple(entry["kept"]), *entry["rows"]): entry["loss"] for entry in entries}
+        self.logged = {(tuple(entry["kept"]), *entry["rows"]): entry["loss"] for entry in entries if "loss" in entry}
         self._joined: dict[tuple[int, int], Op | None] = {}
 
     def run(self) -> tuple[Kept, list[float]]:

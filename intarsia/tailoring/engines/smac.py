@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 _KEPT = {"cut": ("kept", "removed"), "stack": ("once", "twice")}
 _YES, _NO = "yes", "no"
-_CRASHED = 1e9  # more than any cost
 _ENDLESS = 10**9
 Condition: TypeAlias = tuple[Any, Sequence[str]]
 """A hyperparameter, and the values of it at which another one means something."""
@@ -258,13 +257,16 @@ class Smac:
         self._origins = {start.candidate: start.origin for start in reversed(task.starts)}
         # Questions of SMAC without an answer, by candidate and budget.
         self._open: dict[tuple[Candidate, int], list[Any]] = {}
-        self._seed = 0
+        # Trials of an earlier search, until SMAC's first question: before it they would fill its first stage.
+        self._early: list[tuple[Candidate, int, tuple[float, ...]]] = []
+        self._seed: int | None = None
+        self._worst = [1.0] * len(task.objectives)
         # SMAC wants a folder for its own files; nothing in it is needed.
         folder = Path(tempfile.mkdtemp(prefix="intarsia-smac-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         objectives, levels, most = list(task.objectives), len(task.budgets), float(task.budgets[-1])
         least = most / task.eta ** (levels - 1) * 0.999 if levels > 1 else most
-        self._budgets, self._objectives = task.budgets, len(objectives)
+        self._budgets = task.budgets
         # Its own budgets, which are not whole numbers.
         self._stages: list[float] = determine_HB(least, most, task.eta)["budgets_in_stage"][0]
         scenario = Scenario(
@@ -330,6 +332,9 @@ class Smac:
             except (StopIteration, ConfigurationSpaceExhaustedException):
                 return None
         self._seed = info.seed
+        early, self._early = self._early, []
+        for trial in early:
+            self.tell(*trial)
         # ConfigSpace's words are numpy's, which print otherwise; a candidate from the log has plain ones.
         candidate = from_plain(to_plain(self._map.candidate(info.config)))
         budget = min(self._budgets, key=lambda budget: abs(budget - info.budget))
@@ -349,11 +354,17 @@ class Smac:
             info = waiting.pop(0)
         elif costs is None or budget not in self._budgets:
             return
+        elif self._seed is None:
+            self._early.append((candidate, budget, costs))
+            return
         else:
             own = min(self._stages, key=lambda stage: abs(stage - budget))
             config = self._map.configuration(candidate, self._configurations)
             info = TrialInfo(config=config, seed=self._seed, budget=own)
-        found = [_CRASHED] * self._objectives if costs is None else list(costs)
+        # What has failed costs more than anything else, of the same magnitude: SMAC scales by the range of all costs.
+        found = [2.0 * abs(worst) + 1.0 for worst in self._worst] if costs is None else list(costs)
+        if costs is not None:
+            self._worst = [max(pair) for pair in zip(self._worst, costs, strict=True)]
         value = TrialValue(
             cost=found if len(found) > 1 else found[0],
             time=0.0,  # no clock decides anything
