@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -292,6 +293,17 @@ def check_room(out: Path, nbytes: int) -> None:
     """
     # Of what is replaced only the parent's disk counts: there the new one is made.
     require_room(Path(os.path.realpath(out)).parent, nbytes, "the output", where=out)
+
+
+def let_go(array: Any) -> None:
+    """Release the pages of a mapped array; they are read again when they are needed."""
+    inner: Any = array
+    while inner is not None:
+        pages = getattr(inner, "_mmap", None)
+        if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)
+            return
+        inner = getattr(inner, "base", None)
 
 
 def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> None:

@@ -148,7 +148,7 @@ class Part:
     default: Any
     # A dataclass, whose fields are flags.
     values: type | None = None
-    # Methods of one kind, a `intarsia.registry.Kind`.
+    # Methods of one kind, an `intarsia.registry.Kind`.
     choices: Any = None
     # Of a plain value.
     option: Option | None = None

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -314,6 +313,7 @@ def engine(name: str, *, settings: type | None = None, paper: str = "") -> Calla
 
 
 _LOADED: dict[str, str] = {}
+_announced = False
 
 
 def load_plugin(path: str | Path) -> None:
@@ -349,9 +349,12 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_LOADED)
 
 
-@cache
 def _load_announced() -> None:
     """Import the entry points `intarsia.plugins` of installed packages, once."""
+    global _announced
+    if _announced:
+        return
+    _announced = True  # before: a plugin that looks something up while it is imported does not import itself again
     for point in entry_points(group=GROUP):
         try:
             point.load()

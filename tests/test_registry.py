@@ -188,10 +188,10 @@ def test_a_file_that_cannot_be_loaded(text: str | None, message: str, tmp_path: 
 def test_installed_packages_announce_theirs(monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
     points = [EntryPoint(name="theirs", value="json", group=registry.GROUP)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
-    registry._load_announced.cache_clear()
+    monkeypatch.setattr(registry, "_announced", False)
     assert kind.names == ("alpha", "beta", "gamma")
     points[0] = EntryPoint(name="theirs", value="no_such_module", group=registry.GROUP)
-    registry._load_announced.cache_clear()
+    monkeypatch.setattr(registry, "_announced", False)
     with pytest.raises(UserError, match=r"The plugin theirs \(no_such_module\) fails with ModuleNotFoundError"):
         assert Kind("method", "method", "intarsia.errors").names
 

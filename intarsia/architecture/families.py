@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, PrivateAttr, model_validator
 
 from intarsia.data_file import Misplaced, Strict, checked, raise_misplaced, read_toml, unexpected
 from intarsia.disk import damage_named
@@ -144,8 +144,6 @@ class Constants(Strict):
 class Family(Strict):
     """One model family, as its TOML file describes it."""
 
-    # The file's name.
-    name: str = ""
     title: str
     model_types: _Texts
     # Config values that distinguish several layouts of one model type.
@@ -177,6 +175,8 @@ class Family(Strict):
     always: _Texts = Field(alias="approximations")
     sometimes: list[Approximation] = Field(default_factory=list, alias="approximation")
 
+    _name: str = PrivateAttr(default="")
+
     @model_validator(mode="after")
     def _one_writer_a_part(self) -> Family:
         wrong: list[Misplaced] = []
@@ -187,6 +187,11 @@ class Family(Strict):
                 wrong.append((("linear",), error, None))
         raise_misplaced(wrong)
         return self
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._name
 
     @property
     def layers_module(self) -> str:
@@ -302,4 +307,6 @@ def _packaged() -> dict[str, Family]:
 
 
 def _family(name: str, data: Mapping[str, Any], *, where: str) -> Family:
-    return checked(Family, {**data, "name": name}, where=where, remedy="See docs/ADD_A_FAMILY.md.")
+    family = checked(Family, data, where=where, remedy="See docs/ADD_A_FAMILY.md.")
+    family._name = name
+    return family

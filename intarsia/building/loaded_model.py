@@ -36,10 +36,10 @@ from intarsia.building.offload import Offload, place_layers, set_parameter
 from intarsia.checkpoint import files
 from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.disk import let_go
 from intarsia.errors import Problem, Problems, UserError
 from intarsia.progress import quiet_transformers
 from intarsia.recipe.recipe import Fitted, LayerRef, Op, Recipe, Select
-from intarsia.recipe.schema import let_go
 
 
 @contextmanager

@@ -27,12 +27,12 @@ from intarsia.building.offload import set_parameter
 from intarsia.checkpoint.files import TensorPlan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.writer import checkpoint_writer, copy_side_files, shallower_config, write_config
+from intarsia.disk import let_go
 from intarsia.errors import UserError
 from intarsia.inspection.structure import problem_of
 from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import LayerRef, Recipe
-from intarsia.recipe.schema import let_go
 from intarsia.recipe.validate import check
 
 RECIPE_FILE = Path("recipe") / "recipe.yaml"

@@ -194,6 +194,9 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     """Write `out`/config.json for a model with one layer per entry of `layer_sources`: see `shallower_config`.
 
     It names the class that loads the model, and no code of the model's own where that is one of transformers.
+
+    Raises:
+        UserError: a per-layer list of the config is not as long as the model is deep.
     """
     config = shallower_config(source, layer_sources)
     if source.wrapper is not None:

@@ -19,6 +19,7 @@ from intarsia.model_name import hub_id
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.validate import check
 from intarsia.reporting.card import model_card
 from intarsia.reporting.puzzle import pieces_of_architecture, puzzle_file
 
@@ -99,16 +100,17 @@ def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
     """Every variant of a recipe, opened, and the same as when the recipe was made.
 
     Raises:
-        UserError: one cannot be opened, or its weights are not those that the recipe names.
+        UserError: one cannot be opened, the recipe does not fit them, or weights are not those that the recipe names.
     """
     variants: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
     # The base first: adapters among the others are merged into it.
     for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
         base = variants.get(recipe.base)
-        checkpoint = open_variant(variant.model, revision=variant.revision, base=base)
-        variants[variant.name] = checkpoint
-        found = scan(checkpoint)
+        variants[variant.name] = open_variant(variant.model, revision=variant.revision, base=base)
+    check(recipe, {name: checkpoint.architecture for name, checkpoint in variants.items()})
+    for variant in recipe.variants:
+        found = scan(variants[variant.name])
         if variant.sha256 not in (None, found):
             problems.append(
                 Problem(

@@ -263,13 +263,19 @@ def score_requests(
 
 
 def logits_of(model: torch.nn.Module, rows: Rows) -> Tensor:
-    """The wanted logits of rows `[N, V]`; the head reads the columns that any row wants, in an unknown model all."""
-    inputs, device = inputs_of(model, rows), next(model.parameters()).device
-    row_N, place_N = rows.row_N.to(device), rows.column_N.to(device)
-    if _of_known_family(model):
-        inputs["logits_to_keep"], place_N = place_N.unique(return_inverse=True)
-    logits_BTV: Tensor = model(**inputs).logits
-    return logits_BTV[row_N, place_N]
+    """The wanted logits of rows `[N, V]`; the head of a known family is given these positions alone."""
+    inputs = inputs_of(model, rows)
+
+    def wanted(found_BTX: Tensor) -> Tensor:
+        return found_BTX[rows.row_N.to(found_BTX.device), rows.column_N.to(found_BTX.device)]
+
+    if not _of_known_family(model):
+        return wanted(model(**inputs).logits)
+    assert isinstance(model, PreTrainedModel)
+    # What the model does to the head's output (to scale it, to cap it) holds for any shape.
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (wanted(given[0]),)):
+        logits_NV: Tensor = model(**inputs).logits
+    return logits_NV
 
 
 def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:

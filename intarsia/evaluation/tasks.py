@@ -1,8 +1,8 @@
 """Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
 Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
-tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers in half of the time, as what
-the choices of a question share is computed once, and normalised in float32, where lm-eval's own loop rounds
+tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers in half of the time, for
+what the choices of a question share is computed once; and normalised in float32, where lm-eval's own loop rounds
 log-probabilities to the model's dtype, which makes ties in bfloat16. Text that a task wants written is written by
 lm-eval.
 """

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
-from intarsia.data_file import MAX_INDEX, Strict, Text, raise_misplaced, shown, unexpected
+from intarsia.data_file import MAX_INDEX, Misplaced, Strict, Text, raise_misplaced, shown, unexpected
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.recipe import Fitted, MergeMethod, Mix, NormMode, parse_ranges
 
@@ -25,15 +26,17 @@ _Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_i
 class Context:
     """What the validators of one file share."""
 
-    # The side file's tensors.
-    tensors: Mapping[str, Any]
+    # The side file's tensors; None where it cannot be read, which is a problem of its own.
+    tensors: Mapping[str, Any] | None
     # Names of tensors that the recipe uses.
     used: set[str] = field(default_factory=set)
     # How many indices may still come.
     pieces_left: int = _MAX_PIECES
 
     def tensor(self, name: str) -> Any:
-        """A tensor of the side file."""
+        """A tensor of the side file; None where that cannot be read."""
+        if self.tensors is None:
+            return None
         self.used.add(name)
         if name not in self.tensors:
             raise unexpected(f"tensor {name!r} in the side file", "none", "Use the side file that belongs to it.")
@@ -77,6 +80,8 @@ def _from_ranges(text: str, info: ValidationInfo) -> tuple[int, ...]:
 
 def _from_tensor(entry: _TensorEntry, info: ValidationInfo) -> tuple[int, ...]:
     tensor = _context(info).tensor(entry.tensor)
+    if tensor is None:
+        return ()
     if tensor.dtype != np.int32 or tensor.ndim != 1 or tensor.size > _context(info).pieces_left or (tensor < 0).any():
         shape = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise unexpected(f"a list of int32 indices from 0 in tensor {entry.tensor!r}", shape)
@@ -109,8 +114,16 @@ def _plain_name(value: str) -> str:
 
 
 def _fitted(value: Mapping[int, list[str]], info: ValidationInfo) -> Fitted:
-    context = _context(info)
-    return {layer: {name: context.tensor(f"fitted.{layer}.{name}") for name in each} for layer, each in value.items()}
+    found: dict[int, dict[str, Any]] = {layer: {} for layer in value}
+    wrong: list[Misplaced] = []
+    for layer, names in value.items():
+        for index, name in enumerate(names):
+            try:
+                found[layer][name] = _context(info).tensor(f"fitted.{layer}.{name}")
+            except PydanticCustomError as error:
+                wrong.append(((str(layer), index), error, name))
+    raise_misplaced(wrong)
+    return found
 
 
 def _named(value: Any) -> Any:
@@ -184,9 +197,10 @@ class MixEntry(Strict):
     def mix(self, sources: int) -> Mix:
         """The mix of that many layers; equal weights and the method's defaults where none are given."""
         known = METHODS.get(self.method)
-        whole = {name for name, parameter in known.parameters.items() if parameter.whole} if known else set()
+        # What does not hold stays as it is, for `mistakes` to refuse.
+        decimal = {name: each for name, each in known.parameters.items() if not each.whole} if known else {}
         params = {
-            name: float(value) if type(value) is int and name not in whole else value
+            name: float(value) if name in decimal and decimal[name].holds(value) else value
             for name, value in self.params.items()
         }
         weights = tuple(self.weights or [1.0 / sources] * sources)

@@ -5,7 +5,7 @@ whose hash the YAML holds, so that a recipe is never read with the tensors of an
 no path but the plain name of that file, and is bounded in size. Arrays stay in files, mapped: what is fitted on the
 layers of a large model takes more memory, in float32, than some layers of it.
 
-Whether a recipe fits its models (does layer 31 exist?) is checked in `intarsia.recipe.validate`.
+Whether a recipe fits its models (does layer 31 exist?) is for `intarsia.recipe.validate.check`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,8 +36,8 @@ from intarsia.data_file import (
     refusal,
     shown,
 )
-from intarsia.disk import full_disk_named, replaced, write_whole
-from intarsia.errors import Problem, UserError, mismatch
+from intarsia.disk import full_disk_named, let_go, replaced, write_whole
+from intarsia.errors import Problem, Problems, UserError, mismatch
 from intarsia.recipe.algebra import with_unit_weights
 from intarsia.recipe.form import (
     ConcatEntry,
@@ -64,6 +63,7 @@ from intarsia.recipe.recipe import (
     derive_spans,
     format_ranges,
 )
+from intarsia.recipe.validate import mistakes
 
 # One entry alone: safetensors writes several in an order that changes from one writing to the next.
 _MARK = {"intarsia": "recipe"}
@@ -171,38 +171,35 @@ def spooled(
         return np.memmap(file, dtype=dtype, mode="c", shape=shape)
 
 
-def let_go(array: npt.NDArray[Any]) -> None:
-    """Release the pages of a mapped array; they are read again when they are needed."""
-    inner: Any = array
-    while inner is not None:
-        pages = getattr(inner, "_mmap", None)
-        if isinstance(pages, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(mmap.MADV_DONTNEED)
-            return
-        inner = getattr(inner, "base", None)
-
-
 # Reading
 
 
 def load(path: Path) -> Recipe:
-    """The recipe in a file. Its form is checked; `check` says whether it fits its models.
+    """The recipe in a file. What needs no model is checked; `check` says whether it fits its models.
 
     Raises:
         UserError: with everything that is wrong with it.
     """
-    data, tensors = read_yaml(path, what="a recipe"), Arrays()
-    with suppress(ValidationError):  # a form that is wrong is reported with the rest of the recipe
-        if isinstance(data, dict) and data.get("tensors") is not None:
+    data = read_yaml(path, what="a recipe")
+    problems = Problems()
+    tensors: Arrays | None = {}
+    if isinstance(data, dict) and data.get("tensors") is not None:
+        tensors = None
+        # A form that is wrong is reported with the rest of the recipe.
+        with problems, suppress(ValidationError):
             tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
-    return parse_recipe(data, tensors, where=str(path))
+    with problems:
+        recipe = parse_recipe(data, tensors, where=str(path))
+    if problems:
+        raise refusal(problems, where=str(path))
+    return recipe
 
 
-def parse_recipe(data: Any, tensors: Arrays, *, where: str) -> Recipe:
+def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
     """The recipe that the value of a YAML file describes.
 
     Args:
-        tensors: the side file's.
+        tensors: the side file's; None where it could not be read.
         where: the file's name, for messages.
 
     Raises:
@@ -222,11 +219,14 @@ def parse_recipe(data: Any, tensors: Arrays, *, where: str) -> Recipe:
     except ValidationError as error:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
     expected, remedy = "only tensors that the recipe names", "Use the side file it came with."
-    unused = sorted(set(tensors) - context.used)
+    unused = sorted(set(tensors or ()) - context.used)
     problems += [mismatch(f"{where}: tensors", expected, shown(name), remedy) for name in unused]
     if problems:
         raise refusal(problems, where=where)
-    return _recipe(entry)
+    recipe = _recipe(entry)
+    if problems := [Problem(f"{where}: {each.message}", each.hint) for each in mistakes(recipe)]:
+        raise refusal(problems, where=where)
+    return recipe
 
 
 def _side_tensors(path: Path, entry: SideFile) -> Arrays:

@@ -1,4 +1,4 @@
-"""Check a recipe against the shapes of its models: every error at once, before anything is built."""
+"""Check a recipe, by itself and against the shapes of its models: every error at once, before anything is built."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import get_args
 import numpy as np
 
 from intarsia.architecture.spec import Architecture, Part
-from intarsia.data_file import refusal
+from intarsia.data_file import refusal, shown
+from intarsia.disk import let_go
 from intarsia.errors import Problem, mismatch
 from intarsia.recipe.methods import METHODS, Method
 from intarsia.recipe.recipe import VARIANT_NAME, Concat, Cut, LayerRef, Merge, Mix, NormMode, Op, Recipe, Select
-from intarsia.recipe.schema import let_go
 
 _WEIGHT_TOLERANCE = 1e-6
 _PIECES: dict[Part, str] = {"attention": "kv_groups", "mlp": "channels"}
@@ -29,40 +29,51 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
     Raises:
         UserError: with every problem (at most fifty are listed).
     """
-    problems = list(_check_variants(recipe, architectures))
+    problems = list(mistakes(recipe))
     base = architectures.get(recipe.base)
     if base is not None:
-        problems += _check_depth(recipe, base)
+        problems += _check_shapes(recipe, architectures, base)
         problems += _check_fitted(recipe, base)
-    known = {variant.name for variant in recipe.variants}
-    usable = {name: architecture for name, architecture in architectures.items() if name in known}
     for index, op in enumerate(recipe.layers):
-        problems += _check_op(op, f"layers[{index}]", usable, base)
+        problems += _check_layer(op, f"layers[{index}]", architectures, base)
     if problems:
         raise refusal(problems, where="recipe")
+
+
+def mistakes(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with a recipe whatever its models are."""
+    names = [variant.name for variant in recipe.variants]
+    for index, name in enumerate(names):
+        if not VARIANT_NAME.fullmatch(name):
+            yield _problem(f"variants[{index}]", "a name of letters, digits, '_', '-' and '.'", shown(name))
+        if name in names[:index]:
+            yield _problem(f"variants[{index}]", "a name of its own", f"{shown(name)} a second time")
+    if recipe.base not in names:
+        yield _problem("base", f"one of the variants {', '.join(names)}", shown(recipe.base))
+    yield from _check_spans(recipe)
+    for index, op in enumerate(recipe.layers):
+        base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
+        for variant in {source.variant: None for source in (*op.sources, *base_layer)}:
+            if variant not in names:
+                yield _problem(f"layers[{index}]", f"a variant among {', '.join(names)}", shown(variant))
+        if isinstance(op, Concat):
+            yield from _check_concat(op, f"layers[{index}].concat")
+        elif isinstance(op, Merge):
+            yield from _check_merge(op, f"layers[{index}].merge")
 
 
 def _problem(where: str, expected: str, found: str, remedy: str = "Correct the recipe.") -> Problem:
     return mismatch(where, expected, found, remedy)
 
 
-def _check_variants(recipe: Recipe, architectures: Mapping[str, Architecture]) -> Iterator[Problem]:
-    names = [variant.name for variant in recipe.variants]
-    for index, name in enumerate(names):
-        if not VARIANT_NAME.fullmatch(name):
-            yield _problem(f"variants[{index}]", "a name of letters, digits, '_', '-' and '.'", repr(name))
-        if name in names[:index]:
-            yield _problem(f"variants[{index}]", "a name of its own", f"{name!r} a second time")
-    if recipe.base not in names or recipe.base not in architectures:
-        yield _problem("base", f"one of the variants {', '.join(names)}", repr(recipe.base))
-        return
-    base = architectures[recipe.base]
-    for name in names:
-        other = architectures.get(name, base)
+def _check_shapes(recipe: Recipe, architectures: Mapping[str, Architecture], base: Architecture) -> Iterator[Problem]:
+    if recipe.depth != base.n_layers:
+        yield _problem("depth", f"{base.n_layers}, the depth of {recipe.base!r}", str(recipe.depth))
+    for variant in recipe.variants:
         remedy = "Variants must be fine-tunes of one base model."
-        for what, ours, theirs in _shape(base, other):
+        for what, ours, theirs in _shape(base, architectures.get(variant.name, base)):
             if ours != theirs:
-                yield _problem(f"variants.{name}", f"{what} {ours} as in {recipe.base!r}", str(theirs), remedy)
+                yield _problem(f"variants.{variant.name}", f"{what} {ours} as in {recipe.base!r}", str(theirs), remedy)
 
 
 def _shape(base: Architecture, other: Architecture) -> Iterator[tuple[str, object, object]]:
@@ -74,20 +85,21 @@ def _shape(base: Architecture, other: Architecture) -> Iterator[tuple[str, objec
     yield "tensors", sorted(base.layer_shapes()), sorted(other.layer_shapes())
 
 
-def _check_depth(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
-    if recipe.depth != base.n_layers:
-        yield _problem("depth", f"{base.n_layers}, the depth of {recipe.base!r}", str(recipe.depth))
+def _check_spans(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.layers:
         yield _problem("layers", "at least one layer", "none")
     if len(recipe.spans) != len(recipe.layers):
         yield _problem("spans", f"{len(recipe.layers)} spans, one a layer", str(len(recipe.spans)))
         return
-    edges = [0, *(last for _, last in recipe.spans)]
-    joined = [first for first, _ in recipe.spans] == edges[:-1] and edges == sorted(edges)
-    if recipe.spans and not (joined and edges[-1] == recipe.depth):
-        found = ", ".join(f"{first}-{last}" for first, last in recipe.spans)
-        remedy = "Leave the spans out to have them derived."
-        yield _problem("spans", f"spans that follow one another from 0 to {recipe.depth}", found, remedy)
+    start = 0
+    for index, (first, last) in enumerate(recipe.spans):
+        ends = index == len(recipe.spans) - 1
+        if first != start or not (recipe.depth if ends else start) <= last <= recipe.depth:
+            expected = f"a span from {start} to {'' if ends else 'at most '}{recipe.depth}"
+            remedy = "Leave the spans out to have them derived."
+            yield _problem(f"spans[{index}]", expected, f"{first}-{last}", remedy)
+            return
+        start = last
 
 
 def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
@@ -111,7 +123,7 @@ def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
             let_go(tensor)
 
 
-def _check_op(
+def _check_layer(
     op: Op, where: str, architectures: Mapping[str, Architecture], base: Architecture | None
 ) -> Iterator[Problem]:
     """`base` gives the shape that the output layer must have; None where the recipe's base is unknown."""
@@ -120,8 +132,8 @@ def _check_op(
     for source in (*op.sources, *base_layer):
         architecture = architectures.get(source.variant)
         if architecture is None:
-            yield _problem(where, f"a variant among {', '.join(architectures) or 'none'}", repr(source.variant))
-        elif not 0 <= source.layer < architecture.n_layers:
+            continue
+        if not 0 <= source.layer < architecture.n_layers:
             yield _problem(where, f"a layer from 0 to {architecture.n_layers - 1}", str(source))
         elif architecture.layer_types is not None:
             types.setdefault(architecture.layer_types[source.layer], source)
@@ -131,14 +143,13 @@ def _check_op(
     if base is not None and base.inspected is not None and not isinstance(op, Select):
         reason = f"{type(op).__name__.lower()}, and layers of this model can only be removed: {base.inspected.reason}"
         yield _problem(where, "a whole layer", reason, "Select layers, or leave them out.")
-        return
-    if isinstance(op, Concat):
-        yield from _check_concat(op, f"{where}.concat", base)
-    elif isinstance(op, Merge):
-        yield from _check_merge(op, f"{where}.merge")
+    elif base is not None and isinstance(op, Concat):
+        for part, key in _PIECES.items():
+            called = f"experts (as {key})" if base.is_mixture(part) else key
+            yield from _check_pieces(op.cuts, part, key, f"{where}.concat", base.n_pieces(part), called)
 
 
-def _check_concat(op: Concat, where: str, base: Architecture | None) -> Iterator[Problem]:
+def _check_concat(op: Concat, where: str) -> Iterator[Problem]:
     if op.norm not in get_args(NormMode):
         yield _problem(f"{where}.norm", " or ".join(get_args(NormMode)), repr(op.norm))
     if not op.cuts:
@@ -150,10 +161,7 @@ def _check_concat(op: Concat, where: str, base: Architecture | None) -> Iterator
         if earlier != index:
             found, remedy = f"{cut.source}, as in cuts[{earlier}]", "Put all pieces of a layer into one cut."
             yield _problem(f"{where}.cuts[{index}]", "a layer that no other cut is from", found, remedy)
-    for part, key in _PIECES.items():
-        if base is not None:
-            called = f"experts (as {key})" if base.is_mixture(part) else key
-            yield from _check_pieces(op.cuts, part, key, where, base.n_pieces(part), called)
+    for part in _PIECES:
         yield from _check_weights(op.cuts, part, where)
 
 
@@ -178,8 +186,9 @@ def _check_weights(cuts: Sequence[Cut], part: Part, where: str) -> Iterator[Prob
     weights = [cut.weights.get(part, math.nan) for cut in cuts]
     bad = [index for index, weight in enumerate(weights) if not (math.isfinite(weight) and weight >= 0.0)]
     for index in bad:
-        found = str(weights[index]) if part in cuts[index].weights else "none"
-        yield _problem(f"{where}.cuts[{index}].weights.{part}", "a number of at least 0", found)
+        given = part in cuts[index].weights
+        found, remedy = str(weights[index]) if given else "none", "Give weights to every cut or to none."
+        yield _problem(f"{where}.cuts[{index}].weights.{part}", "a number of at least 0", found, remedy)
     if not bad and abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE:
         yield _problem(where, f"{part} weights that sum to 1", str(math.fsum(weights)))
 
@@ -202,7 +211,7 @@ def _check_merge(op: Merge, where: str) -> Iterator[Problem]:
 def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
     method = METHODS.get(mix.method)
     if method is None:
-        yield _problem(f"{where}.method", f"one of {', '.join(METHODS)}", repr(mix.method))
+        yield _problem(f"{where}.method", f"one of {', '.join(METHODS)}", shown(mix.method))
     if len(mix.weights) != sources:
         yield _problem(f"{where}.weights", f"{sources} weights, one a layer", str(len(mix.weights)))
         return
@@ -216,9 +225,9 @@ def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
     for name, value in mix.params.items():
         if name not in method.parameters:
             known = ", ".join(method.parameters) or "none"
-            yield _problem(f"{where}.params", f"parameters of {mix.method} ({known})", repr(name))
+            yield _problem(f"{where}.params", f"parameters of {mix.method} ({known})", shown(name))
         elif not method.parameters[name].holds(value):
-            yield _problem(f"{where}.params.{name}", str(method.parameters[name]), repr(value))
+            yield _problem(f"{where}.params.{name}", str(method.parameters[name]), shown(value))
     missing = [name for name in method.parameters if name not in mix.params]
     for name in missing:
         yield _problem(f"{where}.params", f"{name} of {mix.method}", "none")
@@ -228,15 +237,15 @@ def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
 
 
 def _check_mix_weights(mix: Mix, method: Method, where: str) -> Iterator[Problem]:
-    weights, shown = [weight for weight in mix.weights if weight], ", ".join(f"{weight:g}" for weight in mix.weights)
+    weights, found = [weight for weight in mix.weights if weight], ", ".join(f"{weight:g}" for weight in mix.weights)
     if not method.least <= len(weights) <= (method.most or len(weights)):
         wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
         yield _problem(
             f"{where}.weights", f"{wanted} layers with a weight other than 0 for {mix.method}", str(len(weights))
         )
     elif method.weights == "sum 1" and (abs(math.fsum(weights) - 1.0) > _WEIGHT_TOLERANCE or min(weights) < 0.0):
-        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", shown)
+        yield _problem(f"{where}.weights", f"weights from 0 to 1 that sum to 1 for {mix.method}", found)
     elif method.weights == "positive" and min(weights) < 0.0:
-        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", shown)
+        yield _problem(f"{where}.weights", f"no negative weight for {mix.method}", found)
     elif method.weights == "equal" and max(weights) - min(weights) > _WEIGHT_TOLERANCE:
-        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", shown)
+        yield _problem(f"{where}.weights", f"equal weights for {mix.method}, which sets its own", found)

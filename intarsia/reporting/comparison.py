@@ -52,7 +52,7 @@ class Row:
     # that existed already.
     method: str
     layers: int
-    # `none` or `closed-form`.
+    # `none`, or heal stages joined by `+`.
     heal: str = "none"
     parameters: int | None = None
     bytes: int | None = None
@@ -62,7 +62,7 @@ class Row:
     answers: Mapping[str, Any] | None = None
     # `TaskResults.to_dict()`.
     tasks: Mapping[str, Any] | None = None
-    # The fields of `evaluation.result.Speed`.
+    # The fields of `evaluation.results.Speed`.
     speed: Mapping[str, Any] | None = None
     # The cost, None where there was none. Of the original it is what its methods share.
     layer_forwards: float | None = None

@@ -51,7 +51,7 @@ def test_a_file_is_known_while_it_is_tried(tmp_path: Path) -> None:
 
 def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
     text = (
-        LLAMA.replace('title = "', 'called = "')
+        LLAMA.replace('title = "', 'name = "')
         .replace('head = "lm_head"', "head = 3")
         .replace('width = "hidden_size"\n', "")
         .replace('place = "before"', 'place = "above"', 1)
@@ -60,7 +60,7 @@ def test_everything_wrong_with_a_file_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught, with_family_file(written(text, tmp_path)):
         raise AssertionError("a bad file was taken")
     where = {problem.message.split(": ")[1] for problem in caught.value.problems}
-    assert where == {"title", "called", "modules.head", "fields.width", "norm[0].place", "linear[1].segments"}
+    assert where == {"title", "name", "modules.head", "fields.width", "norm[0].place", "linear[1].segments"}
     assert "See docs/ADD_A_FAMILY.md." in {problem.hint for problem in caught.value.problems}
 
 

@@ -93,9 +93,11 @@ def test_what_takes_shared_rows() -> None:
 
 
 def test_a_context_is_read_once() -> None:
-    """Four one-token choices cost the context and nothing else."""
+    """Four one-token choices cost the context and nothing else; the head reads what is scored alone."""
     model = families.make_model("llama")
     read: list[int] = []
+    scored: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: scored.append(len(output)))
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     context = tuple(range(2, 12))
     score_requests(model, [Request(context=context, continuation=(token,)) for token in (5, 6, 7, 8)])
@@ -103,6 +105,7 @@ def test_a_context_is_read_once() -> None:
     read.clear()
     score_requests(model, [Request(context=context, continuation=(token, 9, 4)) for token in (5, 6, 7, 8)])
     assert read == [10 + 4 * 2]
+    assert scored == [1, 1 + 4 * 2]
 
 
 def test_training_mode_is_put_back_and_nothing_to_do_is_nothing() -> None:

@@ -203,6 +203,14 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     assert set(checkpoints) == {"uncut", "base", "math", "lora"}
 
 
+def test_a_recipe_is_checked_before_weights_are_hashed(
+    members: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intarsia.commands.recipes.scan", lambda checkpoint: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="expected a layer from 0 to 5; found math:6"):
+        open_variants(recipe_of(members, select(0), select(6, "math")))
+
+
 def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
     made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
     (tmp_path / "mine").mkdir()

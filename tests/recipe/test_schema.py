@@ -348,6 +348,15 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
+        ("{from: [1, 2], method: ties}", "merge.base: expected the layer that ties takes differences to; found none"),
+        (
+            "{from: [1], method: ties, params: {density: 2}}",
+            "params.density: expected a number above 0 up to 1; found 2",
+        ),
+        (f"{{from: [1], method: ties, params: {{density: 1{400 * '0'}}}}}", "params.density: .* found a huge number"),
+        ("{from: [1], method: dare_linear, params: {seed: 0.5}}", "params.seed: expected a whole number"),
+        ("{from: [1], params: {density: 0.5}}", r"merge.params: expected parameters of linear \(none\)"),
+        ("{from: [1], method: regmean}", "merge.method: expected one of breadcrumbs, .*; found 'regmean'"),
         (
             "{from: [1], mlp: {from: [2]}}",
             "merge.mlp.from: expected one of method, weights, params; found the unknown key 'from'",
@@ -358,7 +367,7 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
 )
 def test_mistakes_in_a_merge(merge: str, message: str, tmp_path: Path) -> None:
     text = f"version: 1\nmodel: demo\ndepth: 6\nlayers:\n  - merge: {merge}\n"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{tmp_path / 'recipe.yaml'}: .*{message}"):
         load(written(tmp_path, text))
 
 
@@ -379,7 +388,7 @@ layers:
         - {from: 4, channels: 1.5, weights: {attention: yes}}
   - merge: {from: [], method: glue}
 spans: [[0, 1, 2], 5]
-fitted: {0: [mlp.down_proj.weight]}
+fitted: {0: [mlp.down_proj.weight, other]}
 provenance: 7
 """
     found = {
@@ -401,9 +410,12 @@ provenance: 7
         "layers[4].merge.from",
         "spans[0]",
         "spans[1]",
-        "fitted",
+        "fitted.0[0]",
+        "fitted.0[1]",
         "provenance",
     }
+    text = HEAD + "- concat: {cuts: [{from: 3}, {from: 4, weights: {attention: 1, mlp: 1}}]}\n"
+    assert "weights to every cut or to none" in str(refused(written(tmp_path, text)))
 
 
 @pytest.mark.parametrize("version", ["2", "0", "1.0", "true", "'1'", "null", "[1]"])
@@ -444,6 +456,7 @@ BILLION = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
         (HEAD + "- concat: {cuts: [{from: 0, weights: {attention: 1" + "0" * 400 + ", mlp: 1}}]}\n", "a huge number"),
         (HEAD.replace("layers:\n", "layers: []\n"), "layers"),
         (HEAD.replace("model: demo", "variants: {a: x, b: y}") + "- select: 0\n", "base"),
+        (HEAD.replace("model: demo", "variants: {a:b: x}") + "- select: 0\n", "a name of"),
         (HEAD.replace("model: demo", "variants: {}") + "- select: 0\n", "variants"),
         (HEAD.replace("demo", '"a\\0b"') + "- select: 0\n", "model"),
         (HEAD + '- select: 0\nprovenance: {a: "\\ud800"}\n', "UTF-8"),
@@ -484,6 +497,14 @@ def test_side_file_of_another_recipe_missing_or_broken(tmp_path: Path) -> None:
     assert "tensors.sha256" in str(refused(path))
     side.unlink()
     assert "no such file" in str(refused(path))
+    text = path.read_text()
+    path.write_text(text + "colour: red\n")
+    assert [part in str(refused(path)) for part in ("no such file", "colour")] == [True, True]
+    path.write_text(text.replace("  file: long.safetensors\n", ""))
+    assert [problem.message.partition(" ")[2] for problem in refused(path).problems] == [
+        "tensors.file: expected a value; found nothing."
+    ]
+    path.write_text(text)
     save_file({"x": np.zeros(3)}, side)
     assert "int32 and float32" in str(refused(path))
 

@@ -193,9 +193,12 @@ def test_depth_and_spans(architecture: Architecture) -> None:
     good = recipe_of(select(0), select(3))
     assert "depth: expected 6" in str(refused(identity(Variant(name="base", model="x"), 5), architecture))
     assert "spans: expected 2 spans" in str(refused(replace(good, spans=((0, 6),)), architecture))
-    for spans in ((0, 2), (3, 6)), ((1, 2), (2, 6)), ((0, 7), (7, 6)), ((0, 2), (2, 5)):
-        found = ", ".join(f"{first}-{last}" for first, last in spans)
-        message = f"spans: expected spans that follow one another from 0 to 6; found {found}"
+    for spans, message in (
+        (((0, 2), (3, 6)), "spans[1]: expected a span from 2 to 6; found 3-6"),
+        (((1, 2), (2, 6)), "spans[0]: expected a span from 0 to at most 6; found 1-2"),
+        (((0, 7), (7, 6)), "spans[0]: expected a span from 0 to at most 6; found 0-7"),
+        (((0, 2), (2, 5)), "spans[1]: expected a span from 2 to 6; found 2-5"),
+    ):
         assert message in str(refused(replace(good, spans=spans), architecture))
     assert "at least one layer" in str(refused(replace(good, layers=(), spans=()), architecture))
 
