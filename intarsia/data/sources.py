@@ -382,7 +382,7 @@ def _parquet_rows(file: Any, source: Source, columns: Columns, limit: int | None
     total = file.metadata.num_rows
     first, last = (int(total * share) for share in source.share)
     kept = 1.0
-    if limit is not None:  # about so many bytes of the text
+    if limit is not None:  # about `limit` bytes of the text
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         kept = min(1.0, limit / max(1.0, size * (source.share[1] - source.share[0])))
     chance = None if seed is None else random.Random(seed)

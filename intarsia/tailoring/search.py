@@ -60,7 +60,7 @@ Opener: TypeAlias = Callable[[str], Scorer]
 class Search:
     """A search, and its state: what is asked, running and answered."""
 
-    # A new one, made for the task. It is told the trials of earlier searches, and asked everything that the log has
+    # A new one, made for the task. It learns the trials of earlier searches, and is asked everything that the log has
     # answers to again; so it becomes what it was.
     engine: Engine
     task: Task

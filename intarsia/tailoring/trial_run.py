@@ -162,7 +162,7 @@ class Prefixes:
         self._stride = 1
 
     def start(self, path: Sequence[str], depth_bytes: int) -> None:
-        """Start on a path, with so many bytes of hidden states of all its batches after one layer."""
+        """Start on a path; `depth_bytes` are those of the hidden states of all batches after one layer."""
         self._path = tuple(path)
         self._stride = max(1, -(-len(path) * depth_bytes * _PATHS // max(self.states.limit, 1)))
 
