@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings
-from intarsia.pruning.prune import prune
+from intarsia.pruning.prune import StepHealer, prune
 from intarsia.pruning.step import Change, Planner, Step
 from intarsia.recipe.recipe import Op, Recipe, Variant, identity
 from intarsia.registry import planners

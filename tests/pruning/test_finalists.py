@@ -13,13 +13,13 @@ import torch
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning import heal_in_loop
+from intarsia.pruning import prune
 from intarsia.pruning.efforts import method_of
-from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.sleb import SlebSettings
+from intarsia.pruning.prune import StepHealer
 from intarsia.pruning.race import best_of_groups, race
 from intarsia.pruning.step import Step
 from intarsia.recipe.recipe import Op, Variant, identity
@@ -227,13 +227,13 @@ def test_candidates_are_scored_on_sequences_that_no_fit_sees(
     resident = resident_of("llama")
     model = measured(resident, list(WHOLE))
     rows: list[list[int]] = []
-    losses_after = heal_in_loop.losses_after
+    losses_after = prune.losses_after
 
     def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
         rows.append(list(some))
         return losses_after(of, start, some)
 
-    monkeypatch.setattr(heal_in_loop, "losses_after", looks)
+    monkeypatch.setattr(prune, "losses_after", looks)
     StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)).take(steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 

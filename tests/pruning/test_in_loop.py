@@ -21,13 +21,13 @@ from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
-from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.pruning.methods.sleb import SlebSettings
+from intarsia.pruning.prune import StepHealer
 from intarsia.recipe.recipe import Op, Recipe, Variant, derive_spans, identity
 from tests import families
 from tests.conftest import InMemory, Opened
