@@ -13,9 +13,8 @@ from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.building.loaded_model import load_model
 from intarsia.building.offload import free_bytes
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.commands.build import BuildResult
+from intarsia.commands.build import BuildResult, card_facts
 from intarsia.commands.job import Job
-from intarsia.commands.recipes import card_facts
 from intarsia.commands.report import REPORT
 from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole

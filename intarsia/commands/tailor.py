@@ -407,7 +407,7 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
 
     What was done for the same incumbent before is not done again.
     """
-    from intarsia.commands.recipes import build_recipe
+    from intarsia.commands.build import build_recipe
     from intarsia.recipe.schema import content_hash
     from intarsia.tailoring.evaluator import final_scores
     from intarsia.tailoring.recipes import keep_front, trial_recipe
