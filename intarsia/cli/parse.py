@@ -55,7 +55,6 @@ class Call:
     shared: Shared
 
     def __call__(self) -> Any:
-        """Do it."""
         return self.verb(*self.rest, **self.arguments)
 
 
@@ -87,7 +86,8 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
                 found = _chosen(part, words, config)
                 chosen |= {} if found is None else {part.name: found}
     every = [each for value in chosen.values() for each in (value if isinstance(value, tuple) else (value,))]
-    panels = [*_panels(parts), ("Chosen", [option for each in every for option in _options(each)])]
+    settings = [each.settings for each in every if each.settings is not None]
+    panels = [*_panels(parts), ("Chosen", [option for each in settings for option in options_of(type(each), each)])]
     presets = {name: None for each in every for name in _presets(each.entry)}
     app, options = _app(verb, name, [*panels, *_preset_panel(presets)])
     given = {
@@ -146,10 +146,6 @@ def _presets(entry: registry.Entry) -> Mapping[str, Mapping[str, Any]]:
 def _preset(chosen: registry.Chosen, name: str) -> registry.Chosen:
     values = _presets(chosen.entry).get(name)
     return dataclasses.replace(chosen, settings=dataclasses.replace(chosen.settings, **values)) if values else chosen
-
-
-def _options(chosen: registry.Chosen) -> Sequence[Option]:
-    return () if chosen.settings is None else options_of(type(chosen.settings), chosen.settings)
 
 
 def _preset_panel(names: Iterable[str]) -> Iterator[_Panel]:

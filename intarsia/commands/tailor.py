@@ -463,7 +463,6 @@ class TailorResult:
     peak_memory_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         if self.run is None:
             return {**self.predicted.to_dict(), "seconds": self.seconds}
         front = self.front

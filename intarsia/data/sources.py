@@ -68,6 +68,8 @@ _HEAD = 4096
 Document: TypeAlias = str | Conversation
 Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
 """Rows of a data set, each with its place for errors."""
+_MOST_READ = 16 * 1024 * 1024  # bytes of one source that are tokenised (a few seconds), unless more is needed
+_BYTES_A_TOKEN = 32  # generous
 _BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
 _LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
 _HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
@@ -428,6 +430,11 @@ READERS: Mapping[Kind, Reader] = {
     "folder": _read_folder,
     "hub": lambda source, limit, seed: _documents_of(source, _hub_rows(source, seed), limit=limit),
 }
+
+
+def bytes_for(tokens: int) -> int:
+    """How many bytes of a source are read for that many tokens, at most: enough, also where tokens are long."""
+    return max(_MOST_READ, _BYTES_A_TOKEN * tokens)
 
 
 def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[Document]:

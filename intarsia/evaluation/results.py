@@ -155,7 +155,6 @@ class TaskScore:
 
     @property
     def value(self) -> float:
-        """The primary metric's value."""
         return self.metrics[self.primary].value
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +221,6 @@ class TaskResults:
         return math.fsum(score.value for score in self.scores) / len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         return asdict(self) | {"mean": self.mean, "scores": [score.to_dict() for score in self.scores]}
 
     @classmethod

@@ -102,7 +102,6 @@ class Pace(Checked):
     loss_on: Literal["all", "assistant"] = "all"
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from self.at_least(1, "epochs", "batch_tokens", "evaluations", "patience")
         for name in ("lr", "clip"):
             yield 0.0 < getattr(self, name) < math.inf, (name,), "a number above 0"

@@ -70,7 +70,7 @@ def estimate(
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters
     after = parameters - (depth - target) * architecture.layer_parameters
-    stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
+    stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
     # The original is measured on all of the text, its successors on part of it; blocks and healing in the loop keep the
     # original's hidden states beside those of the model.

@@ -29,7 +29,7 @@ from intarsia.healing.teacher import TeacherStates
 from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
-from intarsia.pruning.step import Planner, Step, describe, healed_words, step_line
+from intarsia.pruning.step import Planner, Step, describe, mlp_pieces, step_line
 from intarsia.recipe.recipe import Op, Recipe, derive_spans
 from intarsia.recipe.schema import content_hash
 
@@ -76,24 +76,20 @@ def prune(
             recipe = recipe.with_layers(
                 model.ops, fitted={index: tensors for index, tensors in enumerate(model.fitted) if tensors}
             )
-            loss = model.loss if planner.progressive else None
             history.append(evidence)
-            ladder.append(
-                {
-                    "layers": model.depth,
-                    "merged": [step.start, step.start + step.count],
-                    "op": None if step.op is None else describe(step.op),
-                    "evidence": evidence,
-                    "loss": loss,
-                    "layer_forwards": model.layer_forwards - spent,
-                    "seconds": time.perf_counter() - started,
-                    "recipe": ladder.recipe_path(model.depth).name,
-                    "hash": content_hash(recipe),
-                },
-                recipe,
-            )
-            line = step_line(model.depth, step.start, step.op, loss, mixture=model.architecture.is_mixture("mlp"))
-            report.say(line + healed_words(evidence))
+            entry = {
+                "layers": model.depth,
+                "merged": [step.start, step.start + step.count],
+                "op": None if step.op is None else describe(step.op),
+                "evidence": evidence,
+                "loss": model.loss if planner.progressive else None,
+                "layer_forwards": model.layer_forwards - spent,
+                "seconds": time.perf_counter() - started,
+                "recipe": ladder.recipe_path(model.depth).name,
+                "hash": content_hash(recipe),
+            }
+            ladder.append(entry, recipe)
+            report.say(step_line(entry, mlp_pieces(model.architecture.is_mixture("mlp"))))
             task.advance(before - model.depth)
             started, spent = time.perf_counter(), model.layer_forwards
     return None

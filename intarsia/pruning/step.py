@@ -61,7 +61,6 @@ class PlanSettings(Checked):
     criterion: Criterion = "loss"
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from self.at_least(1, "plan_tokens")
         yield from self.at_least(0, "blocks")
 
@@ -207,30 +206,31 @@ def of_experts(provenance: Mapping[str, Any]) -> bool:
     return provenance.get("mlp_pieces") == mlp_pieces(True)
 
 
-def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixture: bool) -> str:
-    """One step for a person: the depth it leads to, where it was, what is there now, and the calibration loss.
+def step_words(entry: Mapping[str, Any], mlp: str) -> str:
+    """What a logged step made; `mlp` is what the pieces of an MLP are called."""
+    op = entry["op"]
+    if op is None:
+        return "dropped"
+    if list(op.values()) == ["whole"]:
+        return f"only {next(iter(op)).partition(':')[2]} kept, whole"
+    return "joined from " + " + ".join(
+        f"{name.partition(':')[2] or name}"
+        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
+        for name, part in op.items()
+    )
 
-    Args:
-        mixture: whether the pieces of an MLP are experts.
-    """
-    what = "dropped" if op is None else "merged into " + " + ".join(_short(op, mlp_pieces(mixture)))
-    return f"{depth} layers: at {start}, {what}" + ("" if loss is None else f", calibration loss {loss:.4f}")
 
-
-def healed_words(evidence: Mapping[str, Any]) -> str:
-    """The result of healing in the loop, as the end of such a line; empty where there was none."""
-    heal = evidence.get("heal")
+def step_line(entry: Mapping[str, Any], mlp: str) -> str:
+    """A logged step on one line: the depth it leads to, where it was, what is there now, and what was measured."""
+    line = f"{entry['layers']} layers: at {entry['merged'][0]}, {step_words(entry, mlp)}"
+    if entry["loss"] is not None:
+        line += f", calibration loss {entry['loss']:.4f}"
+    heal = entry["evidence"].get("heal")
     if heal is None or heal["held_out_loss"] is None:
-        return ""
+        return line
     before, after = heal["held_out_loss"]
     among = f", best of {len(heal['finalists'])}" if "finalists" in heal else ""
-    return f"{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
-
-
-def _short(op: Op, mlp: str) -> list[str]:
-    if isinstance(op, Concat):
-        return [f"{cut.source.layer} ({len(cut.kv_groups)} groups, {len(cut.channels)} {mlp})" for cut in op.cuts]
-    return [f"{source.layer} (whole)" for source in op.sources]
+    return f"{line}{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 class OneShot(Planner):
@@ -268,7 +268,6 @@ class OneShot(Planner):
         return [Step(start=start, count=1, op=None, evidence=evidence)]
 
     def reason(self) -> str:
-        """Why nothing more can be dropped."""
         first, last = self.protect
         return f"this method never drops the first {first} and the last {last} layers, and no others are left"
 

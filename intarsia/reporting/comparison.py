@@ -79,7 +79,6 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What identifies it."""
         return self.method, self.layers, self.heal
 
     @property
@@ -102,7 +101,6 @@ class Row:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second while decoding."""
         return None if self.speed is None else self.speed.get("decode_tokens_per_s")
 
     def measure(self, name: str) -> Measure | None:
@@ -142,7 +140,6 @@ class Comparison:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Names of the evaluation texts."""
         return tuple(text["name"] for text in self.eval_texts)
 
     @property

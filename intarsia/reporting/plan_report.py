@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.pruning.ladder import Ladder
-from intarsia.pruning.step import mlp_pieces, of_experts
+from intarsia.pruning.step import mlp_pieces, of_experts, step_words
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Figure, Measured, Origin, Section, Subject, Table, Tile
@@ -222,20 +222,6 @@ def steps_section(run: PlanRun) -> Section:
         folded = len(rows) > _LONG_TABLE
         blocks.append(Table(rows=rows, words=("step", "recipe"), caption=f"All {len(rows)} steps", folded=folded))
     return Section(title="The ladder", blocks=blocks, intro="Every depth can be built from this run at any later time.")
-
-
-def step_words(step: Mapping[str, Any], mlp: str) -> str:
-    """What a logged step made; `mlp` is what the pieces of an MLP are called."""
-    op = step["op"]
-    if op is None:
-        return "dropped"
-    if list(op.values()) == ["whole"]:
-        return f"only {next(iter(op)).partition(':')[2]} kept, whole"
-    return "joined from " + " + ".join(
-        f"{name.partition(':')[2] or name}"
-        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
-        for name, part in op.items()
-    )
 
 
 def _tiles(run: PlanRun) -> list[Tile]:

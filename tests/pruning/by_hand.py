@@ -49,7 +49,7 @@ def residual_stream(resident: LoadedModel, corpus: Corpus) -> list[torch.Tensor]
 def with_layers(resident: LoadedModel, states: list[dict[str, torch.Tensor]]) -> PreTrainedModel:
     """A model of its own whose layers have these tensors."""
     model = copy.deepcopy(resident.model)
-    path, _, name = resident.architecture.family.layers_module.rpartition(".")
+    path, _, name = resident.architecture.family.modules.layers.rpartition(".")
     layers = getattr(model.get_submodule(path), name)
     kept = [copy.deepcopy(layers[index]) for index in range(len(states))]
     for layer, state in zip(kept, states, strict=True):

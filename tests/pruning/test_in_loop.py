@@ -113,7 +113,7 @@ def ridge_by_hand(
     for part in ("mlp", "attention", "mlp"):
         name = f"{resident.architecture.writer(part).module}.weight"
         model = with_layers(resident, states)
-        layer = model.get_submodule(resident.architecture.family.layers_module)[index]
+        layer = model.get_submodule(resident.architecture.family.modules.layers)[index]
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         layer.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
