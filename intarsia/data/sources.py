@@ -84,11 +84,6 @@ def kind_of(path: Path) -> Kind | None:
     return None if compressed and kind == "parquet" else kind
 
 
-def remedy_for(path: Path) -> str:
-    """What to do with a file of another kind."""
-    return _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}.")
-
-
 def files_in(folder: Path) -> tuple[list[Path], int]:
     """The text files below a folder in the order of their names, and how many other files there are."""
     found: list[Path] = []
@@ -213,7 +208,7 @@ def parse(spec: str) -> Source:
     kind: Kind | None = "folder" if name and path.is_dir() else kind_of(path)
     if kind is None:
         found = f"the suffix {path.suffix!r}" if path.suffix else repr(spec)
-        raise row_error(spec, ACCEPTED, found, remedy_for(path))
+        raise row_error(spec, ACCEPTED, found, _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}."))
     if not path.exists():
         raise row_error(spec, "an existing file", "nothing there", "Check the path.")
     share, column = (0.0, 1.0), None

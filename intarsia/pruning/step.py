@@ -31,11 +31,6 @@ class Step:
     # Every layer of the model after the step, where that is not the model before with a change at one place.
     whole: Sequence[Op] | None = None
 
-    @property
-    def removed(self) -> int:
-        """By how much the model becomes shallower."""
-        return self.count - (0 if self.op is None else 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:

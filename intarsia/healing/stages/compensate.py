@@ -97,6 +97,7 @@ class ReplaceMeSettings(Checked):
     ridge: float = flag(0.0, "--map-ridge")
 
     def checks(self) -> Iterator[Check]:
+        """What must hold."""
         yield 0.0 <= self.ridge < float("inf"), ("ridge",), "a number, 0 or more"
 
 
@@ -187,8 +188,13 @@ def prune_comp(context: HealContext, recipe: Recipe) -> Recipe:
     return replace(recipe, fitted=fitted)
 
 
-def magnitude_ratios(context: HealContext, recipe: Recipe) -> tuple[dict[int, Tensor], int]:
+def magnitude_ratios(
+    context: HealContext, recipe: Recipe, rotation_DD: Tensor | None = None
+) -> tuple[dict[int, Tensor], int]:
     """For each layer that stands for dropped ones E[E_t|H^b_c| / E_t|H^a_c|], by channel: float64 `[D]`, on the CPU.
+
+    Args:
+        rotation_DD: of hidden states, before their sizes are taken.
 
     Returns:
         Also the layer-forwards over the calibration text.
@@ -197,7 +203,8 @@ def magnitude_ratios(context: HealContext, recipe: Recipe) -> tuple[dict[int, Te
     numbers: dict[int, int] = {}
 
     def sizes(h_BTD: Tensor, counts_BT: Tensor) -> Tensor:
-        return (h_BTD.float().abs() * counts_BT[..., None]).sum(dim=1).cpu().double()  # tokens divide both, and cancel
+        h_BTD = h_BTD.float() if rotation_DD is None else h_BTD.float() @ rotation_DD.to(h_BTD.device).float()
+        return (h_BTD.abs() * counts_BT[..., None]).sum(dim=1).cpu().double()  # tokens divide both, and cancel
 
     def look(index: int, module: nn.Module, passed: Passed, wanted_BTD: Tensor, counts_BT: Tensor) -> None:
         real_B = counts_BT.any(dim=1).cpu()
