@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
+TEACHER_PASSES = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSettings(Pace):
@@ -55,7 +57,12 @@ class EndToEndSettings(Pace):
     log: str | None = None
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
-        """Passes of the whole model over a text that a training takes: of the teacher, of the student, and back."""
+        """Passes of the whole model over a text that a training takes."""
+        return TEACHER_PASSES + self.student_passes
+
+    @property
+    def student_passes(self) -> float:
+        """Passes that the student takes, forward and back."""
         return 4.0 * self.epochs
 
     def checks(self) -> Iterator[Check]:
