@@ -148,7 +148,7 @@ class WholeTraining:
         self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(
             [parameter for parameter in distiller.parameters() if parameter.requires_grad],
-            lr=settings.lr,
+            lr=settings.peak,
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
         )

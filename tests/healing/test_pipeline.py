@@ -225,7 +225,7 @@ def test_the_best_of_several_starts_and_killed_within(
 
 
 def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext], cut: Recipe) -> None:
-    whole = heal_stages.choose_all("layerwise,end-to-end")
+    whole = heal_stages.choose_all("layerwise,end-to-end[lora=none]")
     for runtime in (Runtime(stream=True), Runtime(devices=("cuda:0", "cuda:1"))):
         with pytest.raises(UserError, match="end-to-end trains all layers at once") as refused:
             check_stages(whole, runtime)
