@@ -94,7 +94,7 @@ class _Training:
         # The hidden states of some sequences before the layer, and those that it should give.
         self.inputs, self.targets = partial(rows, device=cpu), partial(states.rows, stop, device=cpu)
         self.optimiser = torch.optim.AdamW(
-            self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
+            self.master.values(), lr=self.settings.peak, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
         self.schedule = work.schedule
         self.best: dict[str, Tensor] = {}
