@@ -76,10 +76,10 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
     return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
 
 
-class _Training:
+class LayerTraining:
     """The training of one layer that was reached, or the rest of it where a killed run saved its state."""
 
-    def __init__(self, work: _Work, index: int) -> None:
+    def __init__(self, work: Work, index: int) -> None:
         self.index, self.text, self.settings, self.folder = index, work.text, work.settings, work.folder
         self.device = work.resident.device
         module, calls = work.layer(index)
@@ -229,12 +229,12 @@ def train(
             if (done := load_state(_state_path(folder, index, "done"))) is not None:
                 found[index] = Trained(*done)
     todo = [index for index in indices if index not in found]
-    work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
+    work = Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
         with current().task("layerwise training", len(todo) * work.tokens) as task:
             for number, index in enumerate(todo, start=1):
                 work.reach(index, found, task)
-                trained = _Training(work, index).run(work.shown(task, f"layer {index} ({number} of {len(todo)})"))
+                trained = LayerTraining(work, index).run(work.shown(task, f"layer {index} ({number} of {len(todo)})"))
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
@@ -247,7 +247,7 @@ def train(
     return replace(recipe, fitted=work.fitted(found)), [found[index].report for index in sorted(found)]
 
 
-class _Work:
+class Work:
     """The layers to be trained, and the hidden states that they are trained with."""
 
     def __init__(
