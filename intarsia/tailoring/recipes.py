@@ -69,12 +69,8 @@ class Translator:
         )
 
     def _op(self, choice: Choice, layer: int, removed: int) -> Op:
-        if isinstance(choice, Join) and choice.share is None:
-            refs = LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + removed)
-            first, last = (Select(source=ref) for ref in refs)
-            return half_layers(first, last, "fold", self.architecture)
         if isinstance(choice, Join):
-            return self._joined(choice, layer, choice.share)
+            return self._joined(choice, layer, removed)
         if choice.mlp is None and choice.attention.method is None and choice.scale == 1.0:
             return Select(source=LayerRef(variant=choice.attention.members[0], layer=layer))
         blends = [choice.attention, *([] if choice.mlp is None else [choice.mlp])]
@@ -107,18 +103,22 @@ class Translator:
         weights = tuple(by_member.get(name, 0.0) for name in members)
         return Mix(weights=weights, method=method, params=with_defaults(method, params))
 
-    def _joined(self, choice: Join, layer: int, share: float) -> Op:
-        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in."""
-        refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + 1)]
+    def _joined(self, choice: Join, layer: int, removed: int) -> Op:
+        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in. Or two half layers."""
+        after = 1 if choice.share is not None else removed
+        refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + after)]
+        ops = [Select(source=ref) for ref in refs]
+        if choice.share is None:
+            return half_layers(ops[0], ops[1], "fold", self.architecture)
         totals = {part: self.architecture.n_pieces(part) for part in PARTS}
-        shares = [share, 1.0 - share]
+        shares = [choice.share, 1.0 - choice.share]
         counts = {part: allocate.counts(shares, totals[part]) for part in PARTS}
         kept = [
             {part: allocate.top(self.scores[ref][part], counts[part][index]) for part in PARTS}
             for index, ref in enumerate(refs)
         ]
         return concat_of(
-            [Select(source=ref) for ref in refs],
+            ops,
             kept,
             weights=[{part: counts[part][index] / totals[part] for part in PARTS} for index in range(2)],
             norm="fold",
