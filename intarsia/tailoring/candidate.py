@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
@@ -50,12 +50,15 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """A layer of member `first` concatenated with the removed layer after it, of member `second`."""
+    """A layer of member `first` joined with a removed layer after it, of member `second`.
+
+    Concatenated with the next one; or its attention with the MLP of the last one removed after it (a half-layer drop).
+    """
 
     first: str
     second: str
-    # How much of the pieces is the first's.
-    share: float
+    # How much of the pieces is the first's; None for a half-layer drop.
+    share: float | None = None
 
 
 Choice: TypeAlias = Keep | Join
@@ -239,7 +242,10 @@ class Menu:
         return tuple(value for value in grid if value != 0.0 and not (whole and value == 1.0))
 
 
-def beside(grid: Sequence[float], value: float) -> list[float]:
+_Value = TypeVar("_Value")
+
+
+def beside(grid: Sequence[_Value], value: _Value) -> list[_Value]:
     """The values next to one on a grid."""
     at = grid.index(value)
     return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
