@@ -251,7 +251,7 @@ def test_commands_name_what_is_not_the_default() -> None:
         "model": "a model",
         "method": "come-p",
         "calibration": "x.txt,y.txt",
-        "tokens": 65536,
+        "tokens": TextSpec().tokens,
         "seq_len": 256,
         "seed": 0,
         "planner": {"merge": 3, "racing": False, "no_repeat": True, "norm": "fold", "dominance": None},
