@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from intarsia.activations.statistics import output_projections
 from intarsia.activations.stream import Entry, LayerCall, LayerStream, State, probe
@@ -30,7 +29,7 @@ from intarsia.building.materialize import assembled, materialize
 from intarsia.building.slicing import positions
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.errors import UserError, in_words
-from intarsia.inspection.small import small_config
+from intarsia.inspection.small import small_config, small_model
 from intarsia.inspection.structure import config_of, on_meta, problem_of, removals
 from intarsia.progress import current, quiet_transformers
 from intarsia.recipe.algebra import concat_of
@@ -411,39 +410,6 @@ def _compared(check: str, note: str, error: float, *, approximated: bool = False
 
 def _broken(check: str, error: Exception) -> CheckRow:
     return CheckRow(check=check, result="failed", error=None, note=in_words(error))
-
-
-def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model in evaluation mode, in which nothing is neutral: norms are no ones, biases no zeros.
-
-    Raises:
-        UserError: transformers does not know the model type, or cannot make a model of this config.
-    """
-    rest = {key: value for key, value in config.items() if key != "model_type"}
-    model_type = str(config["model_type"])
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"transformers {transformers.__version__} has no model type {model_type!r} to build a small model.",
-            "Correct model_type in the config, or install a version of transformers that has it.",
-        )
-    try:
-        made = AutoConfig.for_model(model_type, **rest)
-        assert isinstance(made, PreTrainedConfig)
-        model = AutoModelForCausalLM.from_config(made)
-    except Exception as error:
-        # What a config class objects to, and how, differs between families and versions.
-        raise UserError(
-            f"transformers makes no small model of type {model_type}: {in_words(error)}.",
-            "Set the fields that must fit together in the family file's table [tiny].",
-        ) from error
-    assert isinstance(model, PreTrainedModel)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
-            parameter.copy_(1.0 + 0.3 * noise if is_norm else (0.5 if "embed" in name else 0.2) * noise)
-    return model.float().eval()
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def require_finite(tensor: Tensor, where: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
             f"{where} has NaN or infinity.",
-            "The model overflows in this dtype; try --dtype bfloat16 or float32.",
+            "The model overflows in this dtype (try --dtype bfloat16 or float32), or its weights are damaged.",
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.loss import Likeliest
-from intarsia.errors import UserError
+from intarsia.activations.statistics import require_finite
 from intarsia.evaluation.answers import Ids, Prompts, greedy_answers, loops, side_by_side
 from intarsia.evaluation.likelihood import (
     Request,
@@ -105,11 +105,7 @@ class Reference:
             next_T1 = theirs.tokens[:, :1].to(logits_TV.device).long()
             same_T = logits_TV.gather(1, next_T1)[:, 0] >= logits_TV.amax(-1)  # of equal ones any may come first
             kl_T = theirs.divergence(logits_TV).cpu().double()
-            if not bool(kl_T.isfinite().all()):
-                raise UserError(
-                    "Agreement: a next-token probability is NaN or infinite.",
-                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
-                )
+            require_finite(kl_T, "A next-token probability")
             agree_P[number], kl_P[number] = int(same_T.sum()), kl_T.sum()
 
         _along(model, self.prompts, self.answers, take)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intarsia.activations.statistics import require_finite
 from intarsia.architecture.families import known_families
 from intarsia.errors import UserError
 from intarsia.progress import current
@@ -249,11 +250,7 @@ def score_requests(
         for batch in batches_of(requests, pack=pack, batch_tokens=batch_tokens):
             logits_NV = logits_of(model, batch.rows)
             log_p_M = score_batch(logits_NV, batch)
-            if not bool(log_p_M.isfinite().all()):
-                raise UserError(
-                    f"{where}: a log-likelihood is NaN or infinite.",
-                    "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
-                )
+            require_finite(log_p_M, f"A log-likelihood of {where}")
             missed_M = logits_NV.argmax(-1).cpu()[batch.position_M] != batch.token_M
             sums_R.index_add_(0, batch.request_M, log_p_M.cpu().double())
             misses_R.index_add_(0, batch.request_M, missed_M.long())

@@ -30,10 +30,11 @@ from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import HiddenStore, MemoryBudget
 from intarsia.activations.loop import Loop
 from intarsia.activations.loss import Likeliest
+from intarsia.activations.statistics import require_finite
 from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.disk import staged_folder
-from intarsia.errors import UserError, check
+from intarsia.errors import check
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Lesson, SplitModel
 from intarsia.healing.training import Text
@@ -248,9 +249,5 @@ def _likeliest(teacher: Teacher, ids_BT: Tensor, mask_BT: Tensor | None, k: int,
     log_p, tokens = (torch.cat(each).cpu() for each in zip(*found, strict=True))
     if mask_BT is not None:
         log_p[~mask_BT.reshape(-1).cpu()] = 0.0
-    if not bool(torch.isfinite(log_p).all()):
-        raise UserError(
-            "The teacher's next-token probabilities are NaN or infinite.",
-            "The teacher overflows in this dtype; use bfloat16 or float32.",
-        )
+    require_finite(log_p, "A next-token probability of the teacher")
     return Likeliest(log_p, tokens)

@@ -1,4 +1,4 @@
-"""The config of a small model of the same kind as a large one: some of its layers, of every kind, and small sizes.
+"""A small model of the same kind as a large one: some of its layers, of every kind, and small sizes.
 
 For trying an architecture, not for use. What makes a model of its kind stays: groups of query heads, heads of a width
 of their own, windows (shorter than what is run through them), flags, multipliers, experts. `sizes.toml` has the sizes
@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import Architecture
 from intarsia.data_file import read_toml
+from intarsia.errors import UserError, in_words
 from intarsia.inspection.structure import config_of, problem_of
 
 _LEAST_LAYERS, _SHORT = 6, 12
@@ -38,6 +43,39 @@ def small_config(architecture: Architecture) -> dict[str, Any]:
         if name in small and (small[name] is None or (what == "head_dim" and own_width)):
             small[name] = value
     return {**small, **architecture.family.tiny}
+
+
+def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model in evaluation mode, in which nothing is neutral: norms are no ones, biases no zeros.
+
+    Raises:
+        UserError: transformers does not know the model type, or cannot make a model of this config.
+    """
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    model_type = str(config["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} has no model type {model_type!r} to build a small model.",
+            "Correct model_type in the config, or install a version of transformers that has it.",
+        )
+    try:
+        made = AutoConfig.for_model(model_type, **rest)
+        assert isinstance(made, PreTrainedConfig)
+        model = AutoModelForCausalLM.from_config(made)
+    except Exception as error:
+        # What a config class objects to, and how, differs between families and versions.
+        raise UserError(
+            f"transformers makes no small model of type {model_type}: {in_words(error)}.",
+            "Set the fields that must fit together in the family file's table [tiny].",
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            parameter.copy_(1.0 + 0.3 * noise if is_norm else (0.5 if "embed" in name else 0.2) * noise)
+    return model.float().eval()
 
 
 def some_layers(architecture: Architecture) -> Sequence[int]:

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from intarsia.activations.architecture_checks import small_model
 from intarsia.architecture.detect import detect
 from intarsia.architecture.spec import Architecture
 from intarsia.errors import UserError
-from intarsia.inspection.small import small_config, some_layers
+from intarsia.inspection.small import small_config, small_model, some_layers
 
 
 def large(model_type: str, **changes: Any) -> Architecture:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.decoders import KNOWN, REFUSED, REMOVAL, Decoder, config_of, decoder, kinds, page
-from intarsia.activations.architecture_checks import small_model, state_of
+from intarsia.activations.architecture_checks import state_of
 from intarsia.activations.stream import LayerStream
 from intarsia.architecture.per_layer import for_layers
 from intarsia.architecture.spec import PARTS
@@ -23,7 +23,7 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.building.materialize import materialize
 from intarsia.checkpoint.reader import Checkpoint, architecture_of
 from intarsia.errors import UserError
-from intarsia.inspection.small import small_config
+from intarsia.inspection.small import small_config, small_model
 from intarsia.inspection.structure import Possible, inspected, problem_of, removals
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Variant, identity

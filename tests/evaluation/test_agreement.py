@@ -220,7 +220,7 @@ def test_numbers_that_are_not_finite() -> None:
     reference = _reference(model, tokenizer)
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.nan
-    with pytest.raises(UserError, match="Agreement: a next-token probability is NaN"):
+    with pytest.raises(UserError, match="next-token probability has NaN"):
         reference.follow(model)
 
 

@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite() -> None:
     model = families.make_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match="piqa: a log-likelihood is NaN"):
+    with pytest.raises(UserError, match="log-likelihood of piqa has NaN"):
         score_requests(model, some_requests(), where="piqa")
 
 

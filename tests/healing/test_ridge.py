@@ -338,7 +338,7 @@ def test_activations_that_are_not_finite(held: bool) -> None:
     weight, norm = normal(OUTPUTS, INPUTS, seed=4), post_norm()
     bad = (torch.arange(TOKENS) % 4 == 0)[:, None] == held
     passes = passes_over(weight, lambda x, y: torch.where(bad, torch.nan, y))
-    with pytest.raises(UserError, match="here: activations are NaN"):
+    with pytest.raises(UserError, match="here has NaN"):
         fit_weight(norm, weight, passes, STRENGTHS, where="here")
-    with pytest.raises(UserError, match="here: activations are NaN"):
+    with pytest.raises(UserError, match="here has NaN"):
         fit_norm(norm, passes, STRENGTHS, where="here")
