@@ -20,6 +20,9 @@ from intarsia.errors import check
 from intarsia.flags import Flag, Result, flag
 from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
 from intarsia.progress import current
+from intarsia.recipe import schema
+from intarsia.recipe.algebra import reference_layers
+from intarsia.recipe.recipe import LayerRef, Op, Recipe, Select, Variant
 from intarsia.registry import heal_stages
 from intarsia.run_dir import RunDir
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from intarsia.building.loaded_model import LoadedModel
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.data.corpus import Corpus
-    from intarsia.recipe.recipe import Recipe
 
 BLEND, _UNCUT = "the same blend with no layer removed", "uncut"
 """What a recipe over several models learns from, and its folder in the run folder."""
@@ -140,7 +142,6 @@ def heal(
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import training
     from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
-    from intarsia.recipe import schema
 
     started, source, out = time.perf_counter(), Path(source), HealedModel.of(out)
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
@@ -306,7 +307,6 @@ class Subject:
     def facts(self) -> dict[str, Any]:
         """What a run folder pins of it."""
         from intarsia.checkpoint.hashing import acting_config, scan
-        from intarsia.recipe import schema
 
         return {
             "recipe": schema.content_hash(self.recipe),
@@ -369,18 +369,11 @@ class Subject:
 
 def blend_of(recipe: Recipe) -> Recipe:
     """What a recipe would be with no layer removed."""
-    from intarsia.recipe.algebra import reference_layers
-    from intarsia.recipe.recipe import derive_spans
-
-    layers = reference_layers(recipe)
-    return replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
+    return recipe.with_layers(reference_layers(recipe), provenance={})
 
 
 def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
     """The identity of that blend, before it is made; `members` are the hashes of the weights of all variants."""
-    from intarsia.recipe import schema
-    from intarsia.recipe.recipe import Variant
-
     plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
     facts = [schema.content_hash(blend_of(plain)), sorted(members.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -406,7 +399,6 @@ def over_its_blend(
     from intarsia.building.materialize import materialize
     from intarsia.checkpoint.hashing import scan
     from intarsia.checkpoint.reader import Checkpoint
-    from intarsia.recipe.recipe import LayerRef, Op, Select, Variant
 
     blended = blend_of(recipe)
     folder, layers = run / _UNCUT, blended.layers
