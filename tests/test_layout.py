@@ -14,7 +14,7 @@ import intarsia
 ROOT = Path(intarsia.__file__).resolve().parent
 # A package (or module of the top) imports only itself and those before it. `__init__` and `__main__` are entrances.
 ORDER = (
-    "errors disk data_file progress heap flags model_name options registry run_dir architecture recipe inspection "
+    "errors disk data_file progress flags model_name options registry run_dir architecture recipe inspection "
     "checkpoint building data activations evaluation healing pruning tailoring reporting exporting commands cli"
 ).split()
 WITHOUT_TORCH = (
