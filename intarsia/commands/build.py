@@ -1,4 +1,4 @@
-"""`intarsia build`: a recipe becomes a model folder."""
+"""`intarsia build`: build a model folder from a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BuildResult(Result):
     recipe_sha256: str
     seconds: float
     peak_memory_bytes: int
-    # what was sent to the hub
+    # the upload to the hub
     push: Mapping[str, Any] | None = None
 
 
@@ -35,10 +35,12 @@ def build(
     ],
     out: NewModel | str | Path,
     *,
-    layers: Annotated[int | None, Flag(metavar="N", help="Of a plan: this depth (default: the smallest).")] = None,
-    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in this objective.")] = None,
-    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front (the default).")] = False,
-    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: the trial of this number.")] = None,
+    layers: Annotated[
+        int | None, Flag(metavar="N", help="For a plan: the depth to build (default: the smallest).")
+    ] = None,
+    best: Annotated[str | None, Flag(metavar="NAME", help="For a search: the best trial in this objective.")] = None,
+    knee: Annotated[bool, Flag(help="For a search: the knee of its Pareto front (the default).")] = False,
+    trial: Annotated[int | None, Flag(metavar="N", help="For a search: the trial with this number.")] = None,
 ) -> BuildResult:
     """Build the model that a recipe describes: a recipe file, a depth of a plan, or a trial of a search.
 

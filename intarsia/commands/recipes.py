@@ -1,4 +1,4 @@
-"""What verbs do with a recipe: read it, open its variants, build it with its card."""
+"""Work of several verbs on recipes: read one, open its variants, build it with its card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PICTURE = "puzzle.svg"
 
 
 def read_recipe(source: Path, layers: int | None = None) -> Recipe:
-    """The recipe in a file, of a built model, or one of a run folder's.
+    """Read the recipe of a file, a built model, or a run folder.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -37,12 +37,12 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         if (source / "config.json").exists():
             raise UserError(
                 f"{source} is a model without a recipe.",
-                "Give what `intarsia compress` or `intarsia build` has made, or a recipe file.",
+                "Give an output of `intarsia compress` or `intarsia build`, or a recipe file.",
             )
         run = Ladder.existing(source)
         depths = run.depths()
         if not depths:
-            raise UserError(f"The plan in {source} has finished no step yet.", "Resume it with the same command.")
+            raise UserError(f"The plan in {source} has no finished step yet.", "Resume it with the same command.")
         wanted, unfinished = run.wanted(), run.unfinished()
         if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
             raise UserError(
@@ -97,14 +97,14 @@ def build_recipe(
 
 
 def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
-    """Every variant of a recipe, opened, and the same as when the recipe was made.
+    """Open every variant of a recipe, and check that its weights are those of the recipe.
 
     Raises:
-        UserError: one cannot be opened, the recipe does not fit them, or weights are not those that the recipe names.
+        UserError: one cannot be opened, the recipe does not fit them, or weights have changed.
     """
     variants: dict[str, Checkpoint] = {}
     problems: list[Problem] = []
-    # The base first: adapters among the others are merged into it.
+    # The base first, because adapters are merged into it.
     for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
         base = variants.get(recipe.base)
         variants[variant.name] = open_variant(variant.model, revision=variant.revision, base=base)
@@ -116,7 +116,7 @@ def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
                 Problem(
                     f"The weights of variant {variant.name} ({variant.model}) have the sha256 {found}, "
                     f"and the recipe was made for {variant.sha256}.",
-                    "Get the weights that the recipe was made for, or plan again.",
+                    "Use these weights, or plan again.",
                 )
             )
     if problems:
@@ -125,7 +125,7 @@ def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
 
 
 def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
-    """What the model card says of a built recipe."""
+    """The facts of a built recipe for the model card."""
     variant = recipe.variant(recipe.base)
     source_card = base.folder / "README.md"
     provenance = dict(recipe.provenance)
@@ -150,7 +150,7 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
 
 
 def _heal_facts(heal: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """How a recipe was healed, in short; None where nothing came of it."""
+    """A short account of the healing; None if no stage was accepted."""
     stages = [] if heal is None else [row["stage"] for row in heal["stages"][1:] if row.get("taken")]
     if heal is None or not stages:
         return None

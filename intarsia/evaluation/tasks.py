@@ -214,10 +214,10 @@ def plan_tasks(
     solved = [spec for spec in files if Path(spec.partition("#")[0]).is_file() and wants_text(spec)]
     check(
         (bool(tasks) and all(task.strip() for task in tasks), "--tasks names no task, or a blank one.", "Name one."),
-        (limit is None or limit >= 1, f"--limit is {limit}; it is at least 1.", "Leave it out for all items."),
+        (limit is None or limit >= 1, f"--limit is {limit}; it must be at least 1.", "Leave it out for all items."),
         (
             num_fewshot is None or num_fewshot >= 0,
-            f"--num-fewshot is {num_fewshot}; it is at least 0.",
+            f"--num-fewshot is {num_fewshot}; it must be at least 0.",
             "Leave it out for what the task says.",
         ),
         (

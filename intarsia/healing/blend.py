@@ -1,9 +1,9 @@
-"""Healing what was made of several models: it learns from what it would be with no layer removed.
+"""Healing of blends of several models: the teacher is the same blend with no layer removed.
 
-Healed toward one of its members, a blend would lose what it has of the others. So the same blend with all of its layers
-(`reference_layers` of `intarsia.recipe.algebra`) is written into the run folder and takes the base's place: layers
-that are the blend's own become plain selections from it, and the stages work as with one model. What they fit then
-belongs to the recipe over the members.
+Healed toward one of its members, a blend would lose what it has from the others. So the same blend with all of its
+layers (`reference_layers` of `intarsia.recipe.algebra`) is written into the run folder and takes the base's place:
+unpruned layers become plain selections from it, and the stages work as with one model. The tensors they fit then belong
+to the recipe over the members.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from intarsia.recipe.algebra import reference_layers
 from intarsia.recipe.recipe import LayerRef, Op, Recipe, Select, Variant, derive_spans
 
 BLEND = "the same blend with no layer removed"
-"""The name of that teacher."""
+"""The name of this teacher in log and report."""
 _NAME = "uncut"
 
 
 def blend_of(recipe: Recipe) -> Recipe:
-    """What a recipe would be with no layer removed."""
+    """The recipe with no layer removed."""
     layers = reference_layers(recipe)
     return replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
 
 
 def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
-    """The identity of that blend, before it is made; `members` are the hashes of the weights of all variants."""
+    """The blend's identity, known before it is built; `members` are the weight hashes of all variants."""
     plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
     facts = [schema.content_hash(blend_of(plain)), sorted(members.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -51,15 +51,15 @@ def over_its_blend(
     Args:
         variants: the opened members.
         run: a run folder with this recipe and these members; the blend is written to `uncut/` there, unless an
-            earlier call has done so.
+            earlier call did so.
 
     Raises:
         UserError: it cannot be written.
     """
     folder, layers = run / _NAME, reference_layers(recipe)
     if not folder.exists():
-        require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
-        progress.current().say(f"made of several models: it learns from {BLEND}")
+        require_room(run, variants[recipe.base].nbytes, f"the teacher, {BLEND}", option="--run")
+        progress.current().say(f"made of several models; the teacher is {BLEND}")
         materialize(blend_of(recipe), variants, folder)
     blend = Checkpoint.open(folder, model=str(folder))
     name = _NAME
@@ -80,7 +80,7 @@ def over_its_blend(
 
 
 def forget(run: Path) -> None:
-    """Delete the blend when nothing learns from it any more; what a kill leaves of it does not count as whole."""
+    """Delete the blend once it is no longer needed. A kill leaves an incomplete one, which does not count."""
     folder, leaving = run / _NAME, run / f".{_NAME}"
     if folder.exists():
         shutil.rmtree(leaving, ignore_errors=True)

@@ -13,14 +13,14 @@ from intarsia.flags import flag, options_of
 from intarsia.recipe.recipe import Op, Recipe, Select, Span
 
 Layers: TypeAlias = Literal["spans", "after"]
-"""Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
-`after`: these, and every layer after the first of them, which can correct what those before left."""
+"""Which output layers a stage changes. `spans`: those with a span of several original layers, or merged ones; `after`:
+these, and every layer after the first of them, which can correct the errors before it."""
 
 Weighting: TypeAlias = Literal["relative", "clip", "uniform"]
-"""What a token counts in a squared error, see `intarsia.healing.losses`."""
+"""The weight of a token in a squared error; see `intarsia.healing.losses`."""
 
 Check: TypeAlias = tuple[bool, tuple[str, ...], str]
-"""Whether settings are right, their names, and what is expected of them."""
+"""Whether a condition on settings holds, their names, and the expected value."""
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -36,7 +36,7 @@ class Checked:
                 flags = " + ".join(f"--{options[name].key}" for name in names)
                 values = " + ".join(str(getattr(self, name)) for name in names)
                 problems.add(
-                    f"{flags} is {values}; expected is {expected}.", "Give such a value, or leave the option out."
+                    f"{flags} is {values}; it must be {expected}.", "Give such a value, or leave the option out."
                 )
         for option in options.values():
             if get_origin(option.kind) is Literal:  # the type of other values says enough
@@ -49,7 +49,7 @@ class Checked:
         return iter(())
 
     def at_least(self, least: int, *names: str) -> Iterator[Check]:
-        """That whole numbers are no smaller; those that are None are not given."""
+        """Require whole numbers of at least `least`; None counts as not given."""
         for name in names:
             value = getattr(self, name)
             yield value is None or value >= least, (name,), f"a whole number, {least} or more"
@@ -59,14 +59,14 @@ class Checked:
 class ClosedFormSettings:
     """How the closed form fits."""
 
-    # Layers that are fitted: those that were changed, or also every layer after the first of them.
+    # Layers to fit: `spans`, the changed ones; or `after`, also every layer after the first changed one.
     layers: Layers = flag("after", "--fit-layers")
-    # Output projections that are fitted on changed layers, in this order.
+    # Output projections to fit on changed layers, in this order.
     changed: tuple[Part, ...] = flag(("mlp", "attention", "mlp"), "--fit-changed")
-    # Output projections that are fitted on the layers after them, in this order; all but the first only on as many
-    # layers, from the front, as keep the cost of the fit within three passes of the model.
+    # Output projections to fit on the layers after them, in this order. The first is fitted on all of these layers, the
+    # others on as many of the first layers as keep the fit within three passes of the model.
     unchanged: tuple[Part, ...] = flag(("mlp",), "--fit-unchanged")
-    # What a token counts in a fit: less where its hidden state is large, or all the same.
+    # Weight of a token in a fit: `relative`, less where its hidden state is large; or `uniform`.
     weighting: Literal["relative", "uniform"] = flag("relative", "--fit-weighting")
     # Every n-th sequence chooses the ridge strength.
     held_out: int = flag(8, "--fit-held-out")
@@ -78,7 +78,7 @@ class ClosedFormSettings:
 class Pace(Checked):
     """What both kinds of training share."""
 
-    # How often every training sequence is seen.
+    # Passes over the training text.
     epochs: int = 1
     # Tokens of an optimiser step.
     batch_tokens: int = 2048
@@ -111,7 +111,7 @@ class Pace(Checked):
             yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"
 
     def weights(self, *names: str) -> Check:
-        """That weights of losses are none below 0, and one above."""
+        """Require loss weights of at least 0, one of them above 0."""
         found = [getattr(self, name) for name in names]
         right = all(0.0 <= weight < math.inf for weight in found) and any(found)
         return right, names, "weights of 0 or more, at least one of them above 0"

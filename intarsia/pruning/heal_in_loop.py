@@ -1,12 +1,11 @@
-"""The closed form inside the progressive loop: a layer is healed before the next step is chosen.
+"""The closed form inside the progressive loop: heal changed layers before choosing the next step.
 
-After a step, every layer that is new or stands for more original layers than before is fitted: its inputs are the
-hidden states of the healed layers before it, its target the original's at the end of its span
-(`intarsia.healing.closed_form`). If the loss of held-out sequences rises, the layers stay as they were. Of several
-steps, the finalists, each is healed, and the one of least held-out loss is taken.
+After a step, fit every layer that is new or whose span has grown: its inputs are the hidden states of the healed layers
+before it, its target the original's after its span (`intarsia.healing.closed_form`). If the held-out loss rises, the
+fit is rejected. Of several finalists each is healed, and the one of least held-out loss is taken.
 
-Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. Where only a layer's
-span has grown, its fitted tensors are the starting point.
+Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. If only a layer's span
+has grown, its fitted tensors are the starting point.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from intarsia.recipe.recipe import Op, derive_spans
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A step, what is fitted if it is taken, and the held-out sequences' summed loss without and with that."""
+    """A step with its fit, and the summed held-out loss without and with the fit."""
 
     step: Step
     fits: list[LayerFit]
@@ -54,15 +53,14 @@ class StepHealer:
         self.settings = settings
 
     def take(self, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
-        """Change the model by the step whose healed model has the least loss on held-out sequences; of equal ones the
-        first.
+        """Change the model by the step of least held-out loss after healing; the first of equal ones.
 
         Returns:
-            The step. And as plain data: the output projections that were fitted, whether the fit is accepted, the loss
-            of held-out sequences without and with it, how many layer-forwards this cost beside measuring the model,
-            and of several steps the losses of each.
+            The step. And as plain data: the fitted output projections, whether the fit is accepted, the held-out loss
+            without and with it, the layer-forwards without those of measuring the model, and for several steps the
+            losses of each.
         """
-        model, original = self.model, self.model.original()  # held while the whole model is what was measured
+        model, original = self.model, self.model.original()  # kept while the measured model is the whole one
         spent, tokens = model.layer_forwards, max(int(model.counts_N[self.held_out].sum()), 1)
         trials: list[_Trial] = []
         with current().task(f"healing {len(steps)} finalists" if len(steps) > 1 else "healing", len(steps)) as task:
@@ -92,7 +90,7 @@ class StepHealer:
         }
 
     def _tried(self, step: Step, original: TeacherStates) -> _Trial:
-        """A step, healed and evaluated; the model is as before afterwards."""
+        """Heal and evaluate a step, then restore the model."""
         model, rows = self.model, self.held_out
         was = list(model.ops), list(model.fitted), list(model.modules)
         first, due = self.exchange(step.start, step.count, step.op)
@@ -113,20 +111,20 @@ class StepHealer:
         after = float(losses_after(model, first, rows).sum()) if fitted else before
         model.ops, model.fitted, model.modules = was
         if reached > first:
-            model.refresh()  # those before a second layer that was fitted were measured anew
+            model.refresh()  # measure the layers before a second fitted layer
         return _Trial(step=step, fits=fits, fitted=fitted, before=before, after=after)
 
     @property
     def held_out(self) -> list[int]:
-        """The sequences that nothing is fitted on."""
+        """The sequences excluded from fitting."""
         return list(range(0, self.model.rows.stop, self.settings.held_out))
 
     def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
         """Make the change.
 
         Returns:
-            The first layer whose output may change, and the layers to heal, each with the depth that it is fitted
-            toward: the new layer, and one that now stands for more original layers than before.
+            The first layer whose output may change, and the layers to heal, each with the depth of its target: the
+            new layer, and one whose span has grown.
         """
         model, depth = self.model, self.model.architecture.n_layers
         known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
@@ -158,7 +156,7 @@ class StepHealer:
 
 
 def losses_after(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
-    """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
+    """Summed loss of some sequences with the current layers, from the measured H^start: float64, `[rows]`."""
 
     def read(part: slice) -> Tensor:
         return model.hidden.rows(start, rows[part], model.resident.device)

@@ -1,4 +1,4 @@
-"""The step loop: a planner's steps, one after the other, each recorded before the next."""
+"""The step loop: take a planner's steps, and record each before the next."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def prune(
 ) -> str | None:
     """Step down from `start` (the recipe that `model` holds) to `target` layers.
 
-    Steps that are in the ladder already are not done again: `start` is then the last one.
+    Steps already in the ladder are not repeated: `start` is then the last one.
 
     Args:
-        spent: layer-forwards of the model that do not belong to the first step (default: those so far).
+        spent: layer-forwards before the first step (default: all so far).
 
     Returns:
         None, or why the planner stopped before the target.
@@ -83,7 +83,7 @@ def prune(
 def _take(
     planner: Planner, model: Intermediate, healer: StepHealer | None, steps: Sequence[Step]
 ) -> tuple[Step, dict[str, Any]]:
-    """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
+    """Change the model by the best step; of several finalists, the one that is best after healing."""
     if healer is not None:
         step, found = healer.take(steps)
         return step, {**step.evidence, "heal": found}

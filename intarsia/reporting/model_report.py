@@ -144,7 +144,7 @@ def _healing(heal: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> li
     text = heal.get("text") or {}
     intro = f"On {text.get('tokens', 0):,} tokens of {text_name(text.get('description', 'text'))}." if text else ""
     if heal.get("from_scratch"):
-        intro += f" It started from the recipe {heal['start']}, which gave a better model than the method's own."
+        intro += f" It started from {heal['start']}, which gave a better model than the method's own recipe."
     return [Section(title="Healing", blocks=blocks, intro=intro.strip())]
 
 
@@ -190,7 +190,7 @@ def _notes(facts: Mapping[str, Any]) -> list[str]:
     warning = [f"{facts['warning'][0].upper()}{facts['warning'][1:]}."] if facts.get("warning") else []
     healed = facts.get("healed") or {}
     if healed and not healed.get("taken", True):
-        return [*warning, "The closed form did not lower the loss of held-out text, so the model is as it was pruned."]
+        return [*warning, "The closed form did not lower the loss of held-out text, so the model is the pruned one."]
     return warning
 
 

@@ -1,9 +1,8 @@
-"""The search space: which candidates there are, how many, and what is near what.
+"""The search space: its candidates, their number, and their neighbours.
 
-Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
-twice is one too. A kept layer whose follower is removed may be joined with it. Everything else about a layer is
-chosen from the menu. Where the space has groups (layer-wise fusion at full depth), the layers of a group share a
-choice.
+The removed layers are encoded as a subset of the base's layers, never as a sequence of indices; so are the layers that
+occur twice in a stack. A kept layer may be joined with a removed one after it. Everything else about a layer is chosen
+from the menu. In a space with groups (layer-wise fusion at full depth), the layers of a group share a choice.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ if TYPE_CHECKING:
 class Space:
     """All candidates of one search."""
 
-    # Layers of the base, and of the result. Fewer is a cut, as many fusion, more a stack.
+    # Layers of the base, and of the result: fewer in a cut, equally many in a fusion, more in a stack.
     depth: int
     target: int
     menu: Menu
-    # The first layer's shares in a join; none where layers are not joined.
+    # Possible shares of the first layer in a join; empty if layers are not joined.
     shares: tuple[float, ...] = ()
     # Output scales of kept layers, ascending, 1 among them.
     scales: tuple[float, ...] = (1.0,)
     # Whether attention and MLP of a layer may be blended differently.
     separate: bool = False
-    # In a fusion, the number of groups of adjacent layers; None for one a layer.
+    # In a fusion, the number of groups of adjacent layers; None for single layers.
     groups: int | None = None
-    # The attention type of each layer, where the family has several; only equal ones are joined.
+    # The attention type of each layer, if the family has several; only layers of one type are joined.
     layer_types: tuple[str, ...] | None = None
-    # Whether the base may consist of just some of its layers.
+    # Whether some of the base's layers make a valid model.
     possible: Callable[[Sequence[int]], bool] = field(default=lambda layers: True, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class Space:
 
     @property
     def kind(self) -> Literal["cut", "fusion", "stack"]:
-        """What becomes of the depth."""
+        """The kind of search, by the change of depth."""
         return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
 
     @cached_property
@@ -62,13 +61,13 @@ class Space:
         return tuple(index * self.depth // groups for index in range(groups))
 
     def layers_of(self, position: int) -> range:
-        """The layers of the base that a position stands for."""
+        """The layers of the base at a position."""
         at = self.starts.index(position)
         return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
 
     @property
     def log10_size(self) -> float:
-        """How many candidates there are, as a power of ten; of joins, as many as a layer has on average."""
+        """The number of candidates, as a power of ten, with the average number of joins of a layer."""
         keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
         pairs = sum(map(self.joinable, range(self.depth)))
         removed_next = pairs / self.depth * self.changes / max(self.depth - 1, 1)
@@ -77,7 +76,7 @@ class Space:
         return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps + joins)
 
     def joinable(self, layer: int) -> bool:
-        """Whether a layer could be joined with the next one, if that is removed."""
+        """Whether a layer could be joined with the next one, once that is removed."""
         if not self.shares or self.kind != "cut" or layer + 1 >= self.depth:
             return False
         return self.layer_types is None or self.layer_types[layer] == self.layer_types[layer + 1]
@@ -94,20 +93,20 @@ class Space:
 
     @property
     def changes(self) -> int:
-        """How many layers are removed, or occur twice."""
+        """The number of layers that are removed, or occur twice."""
         return abs(self.depth - self.target)
 
     def positions(self, changed: Sequence[int]) -> tuple[int, ...]:
-        """The positions of a candidate that removes these layers, or has them twice."""
+        """The positions of a candidate without these layers, or with these twice."""
         if self.kind == "stack":
             return tuple(layer for layer in range(self.depth) for _ in range(2 if layer in changed else 1))
         return tuple(layer for layer in self.starts if layer not in changed)
 
     def removable(self, wanted: Sequence[int]) -> Sequence[int]:
-        """The layers to remove; where the base cannot do without them, those nearest to them without which it can.
+        """The layers to remove; if the base requires some of them, the nearest possible ones instead.
 
         Raises:
-            UserError: it cannot do without that many.
+            UserError: no such number of layers can be removed.
         """
         whole, found = range(self.depth), list[int]()
         if self.kind != "cut" or self.possible([layer for layer in whole if layer not in wanted]):
@@ -131,7 +130,7 @@ class Space:
     def arrange(self, changed: Sequence[int], choices: Mapping[Slot, Choice]) -> Candidate:
         """A candidate from the removed (or doubled) layers and choices by slot.
 
-        A position without a choice is the base's layer; a join that is not possible there is its first layer, whole.
+        A position without a choice is the base's layer; an impossible join becomes its first layer, whole.
         """
         positions = self.positions(self.removable(changed))
         base = single(self.menu.members[0])
@@ -146,7 +145,7 @@ class Space:
         return Candidate(positions=positions, choices=tuple(found))
 
     def has(self, candidate: Candidate) -> bool:
-        """Whether a candidate belongs to the space, in the one form that it has there."""
+        """Whether a candidate belongs to the space, in its canonical form."""
         changed = self.changed(candidate.positions)
         if len(changed) != self.changes or candidate.positions != self.positions(changed):
             return False
@@ -161,7 +160,7 @@ class Space:
         return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
 
     def random(self, rng: Random) -> Candidate:
-        """Layers drawn evenly; each is kept or, where that is possible, joined with equal chance."""
+        """Draw layers uniformly; each is kept or, if possible, joined with equal chance."""
         changed = rng.sample(range(self.depth), self.changes)
         positions = self.positions(changed)
         choices: dict[Slot, Choice] = {}
@@ -175,16 +174,16 @@ class Space:
         return self.arrange(changed, choices)
 
     def random_middle(self, rng: Random) -> Candidate:
-        """The base without layers drawn from its middle: neither the first tenth nor the last, as far as possible.
+        """The base without random layers of its middle: avoid the first and last tenth, as far as possible.
 
-        In a stack the doubled layers are drawn so; a fusion starts from the base.
+        A stack draws the doubled layers like this; a fusion starts from the base.
         """
         spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
         return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))
 
 
 _STEP, _FINE = 0.1, 0.05
-_POINTS = 10  # of the range of an operator's own option
+_POINTS = 10  # in the range of an operator's own option
 
 
 def grid(ends: Range, step: float) -> tuple[float, ...]:
@@ -196,10 +195,10 @@ def grid(ends: Range, step: float) -> tuple[float, ...]:
 
 
 def target_layers(file: FamilyFile, architecture: Architecture, parameters: int | None = None) -> int:
-    """The depth that is asked for; for a sparsity the greatest that removes at least that share of the parameters.
+    """The target depth; for a sparsity, the greatest depth that removes at least that share of the parameters.
 
     Args:
-        parameters: of the base; None where only its config is known, which says it but for the last norm.
+        parameters: of the base; None if only its config is known, which gives all but those of the last norm.
     """
     if file.target.layers is not None:
         return file.target.layers
@@ -214,7 +213,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     """The space that a family.yaml describes, for a base of this architecture.
 
     Raises:
-        UserError: its target cannot be reached by its operations, or an operation finds nothing to work on.
+        UserError: its operations cannot reach the target, or an operation has nothing to work on.
     """
     from intarsia.inspection.structure import Possible  # which imports torch
 
@@ -249,7 +248,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
 
 
 def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]]:
-    """What may be chosen for an operator: in the ranges of the family file, or else in its own."""
+    """The grids of an operator's parameters: in the ranges of the family file, or else in its own."""
     kind, found = METHODS[method], dict[str, tuple[float, ...]]()
     for name, own in kind.search.items():
         asked = {"lambda": file.merge.scale, "density": file.merge.density}.get(name)
@@ -264,7 +263,7 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
 
 
 def _misfits(file: FamilyFile, architecture: Architecture, target: int) -> Iterator[tuple[str, str]]:
-    """What does not fit together, and a hint."""
+    """Each contradiction in the family file, and a hint."""
     depth = architecture.n_layers
     inner = [name for name in file.operations if name not in ("remove", "select")]
     inner += ["output_scale"] * (file.output_scale != (1.0, 1.0))

@@ -142,14 +142,14 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert not reader.all("svg")
     Ladder(plan_run(tmp_path / "one", steps=1)).want(Wanted(layers=3))
     _, reader = page(tmp_path / "one")
-    assert "it has come to 5 layers on the way down to 3." in reader.text
+    assert "it has reached 5 layers on the way down to 3." in reader.text
     assert reader.all("svg")
     Ladder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))
     _, reader = page(tmp_path / "stopped")
-    assert "on the way down to 2 and goes no further: nothing is left to merge." in reader.text
+    assert "on the way down to 2 and stopped: nothing is left to merge." in reader.text
     with (tmp_path / "one" / "log.jsonl").open("a") as file:
         file.write('{"layers": 4, "mer')
-    assert "it has come to 5 layers on the way down to 3." in page(tmp_path / "one")[1].text
+    assert "it has reached 5 layers on the way down to 3." in page(tmp_path / "one")[1].text
 
 
 def test_an_unfinished_comparison_says_what_is_to_come(tmp_path: Path) -> None:
