@@ -266,7 +266,7 @@ def test_a_config_of_another_depth(depth: int, folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         Checkpoint.open(folder, model="m")
     (problem,) = caught.value.problems
-    assert f"num_hidden_layers is {depth} in the config, and the files hold 6 layers" in problem.message
+    assert f"num_hidden_layers is {depth} in the config, but the files hold 6 layers" in problem.message
 
 
 UNKNOWN = {

@@ -163,7 +163,7 @@ def refused(folder: Path, *patterns: str) -> UserError:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "absent", "is not there")
+    refused(tmp_path / "absent", "does not exist")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "is a file, not a model folder")
 

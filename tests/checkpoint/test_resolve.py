@@ -64,14 +64,14 @@ def test_local_folder(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, h
 )
 def test_paths_that_do_not_exist(model: str, hub: Hub) -> None:
     asked = hub(AssertionError())
-    with pytest.raises(UserError, match=r"There is no model .* no hub id, and not `demo`"):
+    with pytest.raises(UserError, match=r"There is no model .* nor a hub id, nor `demo`"):
         resolve(model)
     assert not asked
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("x")
-    with pytest.raises(UserError, match="a file, but no GGUF file"):
+    with pytest.raises(UserError, match="a file, but not GGUF"):
         resolve(str(tmp_path / "model"))
 
 

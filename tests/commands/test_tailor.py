@@ -377,7 +377,7 @@ def test_what_is_refused_before_anything_is_written(
 def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="exists and is no run folder"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         tailor(family, tmp_path / "run")
 
 

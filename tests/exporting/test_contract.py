@@ -146,7 +146,7 @@ def test_depth_that_is_not_the_weights(folder: Path) -> None:
     more = {} if types is None else {"layer_types": [*types, types[-1]]}
     set_config(folder, num_hidden_layers=families.DEPTH, **more)
     found = failed(folder, load=True)
-    assert "num_hidden_layers is 6 in the config, and the files hold 5 layers" in found["tensors"]
+    assert "num_hidden_layers is 6 in the config, but the files hold 5 layers" in found["tensors"]
     assert "missing: model.layers.5.input_layernorm.weight" in found["loads"]
 
 
@@ -286,7 +286,7 @@ def test_cache_that_changes_what_is_written(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         verify(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.json: expected a file with one JSON object"):
         verify(tmp_path)

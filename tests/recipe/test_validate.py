@@ -118,7 +118,7 @@ def test_weights_may_be_off_by_rounding(architecture: Architecture) -> None:
     ("merge", "message"),
     [
         (Merge(sources=(), weights=()), "at least one layer"),
-        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one a layer; found 2"),
+        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one per layer; found 2"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(math.nan,)), "a finite number; found nan"),
         (
             Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"),
