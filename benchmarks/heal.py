@@ -41,7 +41,7 @@ METHODS = (*CUTS, "angular", *COMPRESSED)
 TEXTS = ("WikiText-2", "news")
 # Found on the model pruned to 21 layers (dev/LOG.md).
 LAYERWISE = LayerwiseSettings()
-END_TO_END = EndToEndSettings(lr=3e-4)
+END_TO_END = EndToEndSettings(lr=3e-4, lora=None, top_k=None)
 # A model that is near the original bears smaller steps only.
 SMALLER_STEPS = {27: 1e-4, 25: 2e-4}
 WITH_TEXT = replace(END_TO_END, lr=2e-4, cross_entropy=0.5)

@@ -86,6 +86,8 @@ IN_LOOP: dict[str, list[str]] = {
 }
 LAYERS = ["--layer-batch-tokens", "256", "--evaluations", "4"]
 WHOLE = ["--step-tokens", "256", "--evaluations", "4", "--patience", "3"]
+ALL = ["--lora", "none"]
+TEACHER = ["--top-k", "none"]
 # As published, with steps of the size that the values were recorded with.
 PUBLISHED = ["--layer-inputs", "teacher", "--layer-kl", "1", "--layer-lr", "3e-4", *LAYERS, "--patience", "3"]
 STUDENT = ["--layer-inputs", "student", "--layer-lr", "3e-4", *LAYERS, "--patience", "3"]
@@ -93,10 +95,10 @@ HEALS: dict[str, tuple[str, list[str]]] = {
     "closed-form": ("llama", ["--stages", "closed-form"]),
     "layerwise": ("llama", ["--stages", "layerwise", *PUBLISHED]),
     "layerwise-student": ("llama", ["--stages", "layerwise", *STUDENT]),
-    "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1", *WHOLE]),
-    "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5", *WHOLE]),
-    "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", "--lr", "1e-3", *WHOLE]),
-    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *PUBLISHED, *WHOLE[:2]]),
+    "end-to-end": ("llama", ["--stages", "end-to-end", "--hidden", "1", *ALL, *TEACHER, *WHOLE]),
+    "end-to-end-top-k": ("llama", ["--stages", "end-to-end", "--top-k", "16", "--cross-entropy", "0.5", *ALL, *WHOLE]),
+    "lora": ("llama", ["--stages", "end-to-end", "--lora", "4", *TEACHER, *WHOLE]),
+    "all": ("llama", ["--stages", "closed-form,layerwise,end-to-end", *PUBLISHED, *ALL, *TEACHER, *WHOLE[:2]]),
     "closed-form-opt": ("opt", ["--stages", "closed-form"]),
     "closed-form-mixtral": ("mixtral", ["--stages", "closed-form"]),
     "closed-form-gemma3": ("gemma3", ["--stages", "closed-form,layerwise", *PUBLISHED]),

@@ -191,7 +191,7 @@ def scan(checkpoint: Checkpoint) -> str:
         return known
     total = hashlib.sha256()
     problems = Problems()
-    with current().task("Checking the weights", checkpoint.nbytes) as task:
+    with current().task("Checking the weights", checkpoint.nbytes, units=0.0) as task:
         for name, header in [*sorted(checkpoint.headers.items()), *sorted(checkpoint.kept.items())]:
             tensor = header.tensor()
             label = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]

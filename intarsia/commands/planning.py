@@ -16,7 +16,7 @@ from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
 from intarsia.flags import plain
 from intarsia.healing.closed_form import Start
-from intarsia.healing.pipeline import HealContext, Healed, run_stages
+from intarsia.healing.pipeline import HealContext, Healed, passes_at_most, run_stages
 from intarsia.healing.teacher import TeacherStates, fits_in_memory
 from intarsia.model_name import lasting
 from intarsia.options import Target
@@ -30,8 +30,8 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen, planners
 from intarsia.run_dir import RunDir
 
-_BLOCKS = 0.3
-"""What comparing blocks takes, as a share of a heal stage, about."""
+_BLOCKS = 1.0
+"""Passes over the calibration text that comparing blocks takes, about."""
 BASE = "base"
 """What the model is called in the recipes of a plan."""
 
@@ -77,11 +77,9 @@ class Planning:
         self.estimate = estimate(job.checkpoint, self.planner, self.target, **how)
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
-        """Passes over the calibration text of those heal stages that say how many they take."""
+        """Passes over the calibration text that heal stages take."""
         starts = self.planner.finalists + self.planner.blocks + (self.planner.in_loop is not None)
-        known = [each.settings.passes_at_most for each in stages if hasattr(each.settings, "passes_at_most")]
-        architecture, tokens = self.job.checkpoint.architecture, self.job.spec.tokens
-        return sum(passes(architecture, starts=starts, tokens=tokens) for passes in known)
+        return sum(passes_at_most(stages, self.job.checkpoint.architecture, starts=starts, tokens=self.job.spec.tokens))
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
@@ -265,7 +263,8 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    with progress.current().task("", _BLOCKS + len(stages)) as task:
+    passes = planning.heal_passes_at_most(stages)
+    with progress.current().task("", _BLOCKS + passes) as task:
         with progress.current().task("", 1, units=_BLOCKS):
             starts = planning.starts(ladder, recipe)
         task.advance(_BLOCKS)
@@ -283,4 +282,5 @@ def heal_recipe(
             batch_tokens=job.runtime.batch_tokens,
             name=f"healed-{len(recipe.layers):03d}",
         )
-        return run_stages(context, recipe, stages)
+        with progress.current().task("", 1, units=passes):
+            return run_stages(context, recipe, stages)

@@ -24,7 +24,7 @@ from torch import Tensor
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
 from intarsia.healing.settings import changed_layers
-from intarsia.healing.stages.end_to_end import EndToEndSettings
+from intarsia.healing.stages.end_to_end import TEACHER_PASSES, EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
 from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
 from intarsia.healing.training import (
@@ -81,9 +81,13 @@ def train(
             parameters = variants[recipe.base].parameters  # of one student, however many models it is made of
             nbytes = (22 if settings.lora is None else 4) * parameters  # of low-rank changes the state is small
             require_room(folder, nbytes, "the student and the state of its training", option="--run")
-            build_student(recipe, variants, student)
+            with current().task("", 1, units=0.0):  # little beside the training
+                build_student(recipe, variants, student)
         accelerator.wait_for_everyone()
-        report = WholeTraining(recipe, text, teacher, settings, folder, accelerator).run()
+        with current().task("", TEACHER_PASSES + settings.student_passes) as task:
+            training = WholeTraining(recipe, text, teacher, settings, folder, accelerator)
+            task.advance(TEACHER_PASSES)
+            report = training.run()
         if accelerator.is_main_process:
             write_whole(folder / _DONE, json.dumps(report) + "\n")
     accelerator.wait_for_everyone()
@@ -144,7 +148,7 @@ class WholeTraining:
         self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(
             [parameter for parameter in distiller.parameters() if parameter.requires_grad],
-            lr=settings.lr,
+            lr=settings.peak,
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
         )
@@ -166,9 +170,10 @@ class WholeTraining:
         self.curve.start(standing.next)
         if standing.next == 0:
             self.curve.write(0, {"held_out": standing.first})
-        with current().task("end-to-end training", self.schedule.steps * self.tokens) as task:
+        steps, passes = self.schedule.steps, self.settings.student_passes
+        with current().task("end-to-end training", steps * self.tokens, units=passes) as task:
             task.advance(standing.next * self.tokens)
-            while standing.next < self.schedule.steps and standing.stopped is None:
+            while standing.next < steps and standing.stopped is None:
                 losses = self._step(standing.next)
                 standing.seconds = time.perf_counter() - started
                 if not math.isfinite(losses["loss"]):
@@ -177,7 +182,7 @@ class WholeTraining:
                 lr = self.schedule.lr(standing.next)
                 standing.next += 1
                 task.advance(self.tokens)
-                title = f"step {standing.next} of {self.schedule.steps}"
+                title = f"step {standing.next} of {steps}"
                 task.note(standing.note(title, losses["loss"], self.tokens))
                 self.curve.write(standing.next, {**losses, "lr": lr, "tokens": standing.next * self.tokens})
                 if self.schedule.is_measured_after(standing.next - 1):

@@ -119,7 +119,7 @@ class _Training:
         self.master = {name: nn.Parameter(parameters[name].detach().float()) for name in task.names}
         self.calls = {size: call.on(task.device, self.dtype) for size, call in task.calls.items()}
         self.optimiser = torch.optim.AdamW(
-            self.master.values(), lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
+            self.master.values(), lr=self.settings.peak, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
         self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
         self.best: dict[str, Tensor] = {}

@@ -32,6 +32,7 @@ from intarsia import progress
 from intarsia.activations.batches import Batches
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.activations.loop import Loop, Passed
+from intarsia.architecture.spec import Architecture
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.conversations import Turns, learn_turns
@@ -289,6 +290,14 @@ def pinned(chosen: Chosen) -> dict[str, Any]:
     return {name: value for name, value in chosen.to_dict().items() if name not in free}
 
 
+def passes_at_most(
+    stages: Sequence[Chosen], architecture: Architecture, *, starts: int, tokens: int
+) -> tuple[float, ...]:
+    """Passes of the whole model over a text that each stage takes; one for a stage that does not say."""
+    known = (getattr(chosen.settings, "passes_at_most", None) for chosen in stages)
+    return tuple(1.0 if each is None else each(architecture, starts=starts, tokens=tokens) for each in known)
+
+
 def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:
     """Run heal stages on a recipe; those that an earlier run has finished are read.
 
@@ -299,24 +308,29 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     # Without an earlier healing's account of itself; what was fitted stays.
     before = replace(recipe, provenance={name: said for name, said in recipe.provenance.items() if name != "heal"})
     results: list[StageResult] = []
-    for number, chosen in enumerate((None, *stages)):
-        name = CUT if chosen is None else chosen.name
-        path = context.run.path / context.name / f"{number}-{name}.yaml"
-        key = _key(context, before, chosen)
-        known = _facts(path)
-        fresh = known is None or known["key"] != key
-        if fresh and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
-            started = time.perf_counter()
-            found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
+    sizes = {"starts": 1 + len(context.starts), "tokens": context.calibration.tokens}
+    passes = passes_at_most(stages, context.variants[recipe.base].architecture, **sizes)
+    with progress.current().task("", sum(passes)) as task:
+        for number, (chosen, units) in enumerate(zip((None, *stages), (0.0, *passes), strict=True)):
+            name = CUT if chosen is None else chosen.name
+            path = context.run.path / context.name / f"{number}-{name}.yaml"
+            key = _key(context, before, chosen)
+            known = _facts(path)
+            fresh = known is None or known["key"] != key
+            if fresh and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
+                started = time.perf_counter()
+                with progress.current().task("", 1, units=units):
+                    found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
+                    if main:
+                        result = _measured(context, name, path, found, results, time.perf_counter() - started)
+                        _write(context, result, results, stages, key)
+            wait()
+            task.advance(units)
+            facts = {name: value for name, value in (_facts(path) or {}).items() if name != "key"}
+            results.append(StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts))
+            before = results[-1].recipe
             if main:
-                result = _measured(context, name, path, found, results, time.perf_counter() - started)
-                _write(context, result, results, stages, key)
-        wait()
-        facts = {name: value for name, value in (_facts(path) or {}).items() if name != "key"}
-        results.append(StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts))
-        before = results[-1].recipe
-        if main:
-            _clear(path.with_suffix(""))
+                _clear(path.with_suffix(""))
     return Healed(stages=tuple(results))
 
 

@@ -83,7 +83,7 @@ class Pace(Checked):
     # Tokens of an optimiser step.
     batch_tokens: int = 2048
     # Peak of the learning rate; it warms up linearly and then falls along a cosine.
-    lr: float = 3e-4
+    lr: float | None = None
     # The last learning rate, as a share of the peak.
     least_lr: float = 0.05
     # Share of all steps in which the learning rate rises.
@@ -101,11 +101,16 @@ class Pace(Checked):
     # Tokens that losses count on: `all`, or those that the `assistant` wrote, which takes a chat template.
     loss_on: Literal["all", "assistant"] = "all"
 
+    @property
+    def peak(self) -> float:
+        """Peak of the learning rate."""
+        return 1e-3 if self.lr is None else self.lr
+
     def checks(self) -> Iterator[Check]:
         """What must hold."""
         yield from self.at_least(1, "epochs", "batch_tokens", "evaluations", "patience")
-        for name in ("lr", "clip"):
-            yield 0.0 < getattr(self, name) < math.inf, (name,), "a number above 0"
+        for name, value in (("lr", self.peak), ("clip", self.clip)):
+            yield 0.0 < value < math.inf, (name,), "a number above 0"
         yield 0.0 <= self.weight_decay < math.inf, ("weight_decay",), "a number, 0 or more"
         for name in ("least_lr", "warmup"):
             yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"

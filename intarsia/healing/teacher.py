@@ -219,15 +219,11 @@ def write_top_k(
     """Run the teacher over a text and write its K likeliest tokens, unless the cache exists.
 
     Raises:
-        UserError: K is more than the vocabulary, the disk is full, or the teacher's logits are not finite.
+        UserError: the disk is full, or the teacher's logits are not finite.
     """
     assert settings.top_k is not None
-    k, temperature, ids_NT, mask_NT = settings.top_k, settings.temperature, text.ids_NT, text.mask_NT
-    if k > vocabulary:
-        raise UserError(
-            f"--top-k is {k}, more than the {vocabulary} tokens of the vocabulary.",
-            "Give a smaller number, or leave it out to use all tokens.",
-        )
+    temperature, ids_NT, mask_NT = settings.temperature, text.ids_NT, text.mask_NT
+    k = min(settings.top_k, vocabulary)
     if (folder / _SIGN).exists():
         return
     shape = (*ids_NT.shape, k)

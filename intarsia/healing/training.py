@@ -129,10 +129,10 @@ class Schedule:
         """The learning rate of a step: linear warm-up, then a cosine down to `least_lr` of the peak."""
         warm = math.ceil(self.pace.warmup * self.steps)
         if step < warm:
-            return self.pace.lr * (step + 1) / warm
+            return self.pace.peak * (step + 1) / warm
         done = (step - warm) / max(1, self.steps - warm)
         least = self.pace.least_lr
-        return self.pace.lr * (least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done)))
+        return self.pace.peak * (least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done)))
 
     def rows(self, step: int) -> list[int]:
         """The sequences of a step: every epoch has an order of its own, drawn from the seed."""

@@ -17,14 +17,13 @@ class Effort(NamedTuple):
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort("shortgpt[plan-tokens=5120,blocks=1]", "closed-form"),
-    # The teacher is run once; low-rank changes need no gradients and moments of all parameters.
     "standard": Effort(
         "shortgpt[plan-tokens=16384,blocks=3]",
-        "closed-form,end-to-end[lora=64,lr=1e-3,top-k=64,evaluations=4,epochs=2]",
+        "closed-form,end-to-end[evaluations=4,epochs=2]",
     ),
     "thorough": Effort(
         "come-p[spans=5,granularity=5,removals=true,heal-in-loop=true,finalists=4,blocks=5]",
-        "closed-form,end-to-end[lora=64,lr=1e-3,top-k=64,evaluations=4,epochs=4]",
+        "closed-form,end-to-end[evaluations=4,epochs=4]",
     ),
 }
 

@@ -25,7 +25,7 @@ Tokens = Callable[..., tuple[Corpus, Corpus]]
 
 SEQ_LEN = 16
 LAYERWISE = LayerwiseSettings(batch_tokens=128, evaluations=3, lr=3e-3)
-WHOLE = EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3)
+WHOLE = EndToEndSettings(batch_tokens=128, micro_tokens=64, evaluations=3, lr=1e-3, lora=None, top_k=None)
 
 
 def heal(

@@ -14,7 +14,6 @@ from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
 from intarsia.healing import end_to_end
 from intarsia.healing.end_to_end import WholeTraining, lesson_depths
 from intarsia.healing.pipeline import quality
@@ -27,7 +26,7 @@ from tests import families
 from tests.healing.conftest import Cut, Tokens
 
 CPU = torch.device("cpu")
-QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, patience=3, lr=3e-3)
+QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, patience=3, lr=3e-3, lora=None, top_k=None)
 
 
 def heal(
@@ -276,8 +275,13 @@ def test_all_tokens_in_the_cache_teach_as_the_teacher(cut: Cut, tokens: Tokens, 
     _, again = heal(cut("llama"), tokens(), tmp_path / "cached", replace(QUICK, top_k=families.VOCABULARY))
     assert again["loss_before"] == pytest.approx(report["loss_before"], rel=1e-3)
     assert again["loss_after"] == pytest.approx(report["loss_after"], rel=2e-2)
-    with pytest.raises(UserError, match="more than the 320 tokens"):
-        heal(cut("llama"), tokens(), tmp_path / "more", replace(QUICK, top_k=families.VOCABULARY + 1))
+    _, more = heal(cut("llama"), tokens(), tmp_path / "more", replace(QUICK, top_k=families.VOCABULARY + 1))
+    assert more["loss_after"] == again["loss_after"]
+
+
+@pytest.mark.parametrize(("settings", "peak"), [({}, 1e-3), ({"lora": None}, 1e-4), ({"lora": None, "lr": 2e-4}, 2e-4)])
+def test_the_learning_rate_suits_what_is_trained(settings: dict[str, Any], peak: float) -> None:
+    assert EndToEndSettings(**settings).peak == peak
 
 
 def test_a_worse_heal_returns_the_input(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_two_processes_are_as_one(recipe_file: Path, text_file: Path, tmp_path: 
     verb = [
         *["-m", "intarsia", "heal", str(recipe_file), "--data", str(text_file), "--tokens", "1024", "--seq-len", "32"],
         *["--stages", "layerwise,end-to-end", "--layer-batch-tokens", "128", "--step-tokens", "128", "--lr", "1e-3"],
-        *["--micro-tokens", "32", "--evaluations", "3", "--device", "cpu", "--json"],
+        *["--micro-tokens", "32", "--lora", "none", "--evaluations", "3", "--device", "cpu", "--json"],
     ]
     launch = [
         sys.executable,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_s
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime, TextSpec
+from intarsia.progress import Display, reporting_to
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 from intarsia.registry import heal_stage, heal_stages
@@ -120,6 +122,28 @@ def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
     json.dumps(said, allow_nan=False)
 
 
+def test_progress_moves_through_every_stage(context: Callable[..., HealContext], cut: Recipe) -> None:
+    """As far as a stage's passes say, and through its steps: 3 of the fit; of the training 1 of the teacher and 8."""
+
+    class Watched(Display):
+        shares: ClassVar[dict[str, list[float]]] = {}
+
+        def moved(self) -> None:
+            super().moved()
+            if self._tasks:
+                self.shares.setdefault(self._tasks[-1].title, []).append(self._pace.share)
+
+    trained = "end-to-end[lora=2,lr=1e-3,top-k=4,evaluations=2,epochs=2,step-tokens=64,precision=no]"
+    with reporting_to(Watched(io.StringIO())):
+        run_stages(context(), cut, heal_stages.choose_all(["closed-form", trained]))
+    fit, teacher, student = (
+        Watched.shares[title] for title in ("closed form", "the teacher's 4 likeliest tokens", "end-to-end training")
+    )
+    assert fit[-1] <= 3 / 12 <= teacher[0] and teacher[-1] == pytest.approx(4 / 12)
+    assert student[0] == pytest.approx(4 / 12) and student[-1] == pytest.approx(1.0)
+    assert len(set(student)) > 10 and student == sorted(student)
+
+
 def test_a_finished_stage_is_only_read_and_its_tensors_go(
     context: Callable[..., HealContext], cut: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +225,7 @@ def test_the_best_of_several_starts_and_killed_within(
 
 
 def test_what_a_stage_needs_is_checked_before(context: Callable[..., HealContext], cut: Recipe) -> None:
-    whole = heal_stages.choose_all("layerwise,end-to-end")
+    whole = heal_stages.choose_all("layerwise,end-to-end[lora=none]")
     for runtime in (Runtime(stream=True), Runtime(devices=("cuda:0", "cuda:1"))):
         with pytest.raises(UserError, match="end-to-end trains all layers at once") as refused:
             check_stages(whole, runtime)

@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
+TEACHER_PASSES = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSettings(Pace):
-    """How the whole model is trained. Learning rate and tokens of a step are measured (dev/LOG.md): a rate that every
-    depth bears; models further from the original, with 2/3 of their layers, learnt as well with 3e-4."""
+    """How the whole model is trained. The defaults are what was measured as best (dev/LOG.md)."""
 
     # May differ when a training is resumed: what is pinned decides the result.
     not_pinned: ClassVar = ("log", "micro_tokens", "checkpointing")
 
-    # Peak of the learning rate.
-    lr: float = 1e-4
+    # Peak of the learning rate (default: 1e-3 of low-rank changes, 1e-4 of all parameters).
+    lr: float | None = None
     # Tokens of an optimiser step.
     batch_tokens: int = flag(2048, "--step-tokens", metavar="N", parse=token_count)
     # Weight of the KL of next tokens, against the teacher's.
@@ -37,12 +38,12 @@ class EndToEndSettings(Pace):
     cross_entropy: float = 0.0
     # Temperature of the KL of next tokens.
     temperature: float = 1.0
-    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; None runs the teacher beside the
-    # student.
-    top_k: int | None = None
-    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); None trains all parameters of the
-    # layers.
-    lora: int | None = None
+    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; `none` learns from all tokens,
+    # with the teacher beside the student.
+    top_k: int | None = 64
+    # Rank of low-rank changes to every linear layer (of a mixture, of its attention); `none` trains all parameters of
+    # the layers.
+    lora: int | None = 64
     # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
     # many as a step has, at most 2048 on CPU and 16384 elsewhere.
     micro_tokens: int | None = None
@@ -55,8 +56,19 @@ class EndToEndSettings(Pace):
     log: str | None = None
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
-        """Passes of the whole model over a text that a training takes: of the teacher, of the student, and back."""
+        """Passes of the whole model over a text that a training takes."""
+        return TEACHER_PASSES + self.student_passes
+
+    @property
+    def student_passes(self) -> float:
+        """Passes that the student takes, forward and back."""
         return 4.0 * self.epochs
+
+    @property
+    def peak(self) -> float:
+        """Peak of the learning rate."""
+        usual = 1e-4 if self.lora is None else 1e-3
+        return usual if self.lr is None else self.lr
 
     def checks(self) -> Iterator[Check]:
         """What must hold."""

@@ -21,7 +21,7 @@ class LayerwiseSettings(Pace):
     inputs="teacher", kl=1, mse=0."""
 
     # Peak of the learning rate.
-    lr: float = flag(1e-3, "--layer-lr")
+    lr: float | None = flag(1e-3, "--layer-lr")
     # Tokens of an optimiser step.
     batch_tokens: int = flag(2048, "--layer-batch-tokens", metavar="N", parse=token_count)
     # Weight of the KL between softmaxed hidden states, the only loss of the paper.

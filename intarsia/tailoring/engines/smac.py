@@ -230,7 +230,10 @@ class SmacSettings:
     def __post_init__(self) -> None:
         numbers = {"initial": self.initial, "challengers": self.challengers, "local-searches": self.local_searches}
         check(
-            *((n >= 1, f"--{name} is {n}; it must be at least 1.", "Give a larger number.") for name, n in numbers.items())
+            *(
+                (n >= 1, f"--{name} is {n}; it must be at least 1.", "Give a larger number.")
+                for name, n in numbers.items()
+            )
         )
 
 
