@@ -104,11 +104,11 @@ def refused(file: Path, cache: Path, match: str) -> None:
 
 def test_damaged_files(file: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "not.gguf").write_bytes(b"PK\x03\x04 something else")
-    refused(tmp_path / "not.gguf", cache, "is no GGUF file: it begins with b'PK")
+    refused(tmp_path / "not.gguf", cache, "is not a GGUF file: it begins with b'PK")
     whole = file.read_bytes()
     for length in (40, 5_000, len(whole) - 1000):
         file.write_bytes(whole[:length])
-        refused(file, cache, "expected a whole GGUF file|transformers cannot read")
+        refused(file, cache, "expected a complete GGUF file|transformers cannot read")
 
 
 def test_architecture_that_transformers_does_not_read(tmp_path: Path, cache: Path) -> None:

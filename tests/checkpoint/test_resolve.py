@@ -118,7 +118,7 @@ def test_hub_model_without_safetensors(tmp_path: Path, hub: Hub) -> None:
         (http_error(errors.GatedRepoError), "gated.*hf auth login"),
         (http_error(errors.RevisionNotFoundError), "at v9.*no such revision"),
         (http_error(errors.HfHubHTTPError), "404 Client Error. Try again"),
-        (errors.HFValidationError("x"), "no hub id"),
+        (errors.HFValidationError("x"), "not a hub id"),
         (ConnectionError("reset by peer"), "ConnectionError: reset by peer.*local model folder or `demo`"),
         (TimeoutError(), "TimeoutError: no message"),
         (OSError(28, "No space left on device"), "No space left"),

@@ -132,8 +132,8 @@ def refused(model: str, match: str) -> None:
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes weights.*dequantize\(\)"),
         ({"load_in_8bit": True}, "bitsandbytes weights"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq weights. Use the model that it was made from"),
-        ({"quant_method": "awq"}, "awq weights. Use the model that it was made from"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights. Use the original model"),
+        ({"quant_method": "awq"}, "awq weights. Use the original model"),
         ({"quant_method": "mxfp4"}, r"mxfp4 weights.*Mxfp4Config\(dequantize=True\)"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},

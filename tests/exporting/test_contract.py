@@ -204,7 +204,7 @@ def test_sums(folder: Path) -> None:
     (folder / "generation_config.json").write_text(text + "\n")
     assert "generation_config.json has sha256" in failed(folder)["sha256"]
     (folder / "generation_config.json").unlink()
-    assert "is not there" in failed(folder)["sha256"]
+    assert "is missing" in failed(folder)["sha256"]
     (folder / "generation_config.json").write_text(text)
     (folder / SUMS_FILE).write_text("0" * 64 + "  ../elsewhere\n")
     assert "line 1: " in failed(folder)["sha256"]

@@ -197,5 +197,5 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")
     with pytest.raises(UserError, match="n_layers: 8, not 6"):
         open_family(members, weights=False)
-    with pytest.raises(UserError, match="no local folder is called so"):
+    with pytest.raises(UserError, match="there is no local folder of this name"):
         open_family({**members, "gone": MemberSpec(model=str(tmp_path / "gone"))}, weights=False)
