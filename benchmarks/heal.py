@@ -1,13 +1,12 @@
 """What each stage of healing gives the demo model, at several depths.
 
-First what `compress` makes at each of `--efforts`, on 64k tokens. Then pruned by each of `--methods` (removal by
-calibration loss, of one block, CoMe-P, CoMe-P healed in the loop, and the plan of `--effort thorough`), and the closed
-form over all layers on 64k tokens, as `compress` does it; of `--train` also
-layerwise distillation on 500k on top, and end-to-end distillation on 200k on top of that. `--against 25` adds, at that
-depth, end-to-end distillation alone for as long as both took together, and the same training of the plainly cut model.
-`--text 21` adds, at that depth, end-to-end distillation that learns from the text too (cross-entropy), on top of
-layerwise. Texts as in the benchmark `quality`, whose ladders are used where they are there. Every row is kept: a
-stopped benchmark resumes where it was.
+First what `compress` makes at each of `--efforts`. Then pruned by each of `--methods` (removal by calibration loss,
+of one block, CoMe-P, CoMe-P healed in the loop, and that with finalists), and the closed form over all layers on 64k
+tokens, as `compress` does it; of `--train` also layerwise distillation on 500k on top, and end-to-end distillation on
+200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as long as both took
+together, and the same training of the plainly cut model. `--text 21` adds, at that depth, end-to-end distillation
+that learns from the text too (cross-entropy), on top of layerwise. Texts as in the benchmark `quality`, whose ladders
+are used where they are there. Every row is kept: a stopped benchmark resumes where it was.
 
     python -m benchmarks heal --data ../shared/data -o out/bench/heal
 """
@@ -30,11 +29,10 @@ from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
 from intarsia.pruning.efforts import EFFORTS
 from intarsia.pruning.methods.come_p import ComePSettings
-from intarsia.registry import planners
 
 COMPRESSED = {
     "come-p-in-loop": ComePSettings(spans=5, heal_in_loop=True),
-    "thorough": planners.choose(EFFORTS["thorough"].method),
+    "come-p-finalists": ComePSettings(spans=5, granularity=5, removals=True, heal_in_loop=True, finalists=4, blocks=5),
 }
 CUTS = ("come-p", "sleb")
 METHODS = (*CUTS, "angular", *COMPRESSED)
@@ -214,7 +212,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, nargs="*", default=[])
     parser.add_argument("--efforts", nargs="*", default=["quick", "standard"], choices=list(EFFORTS))
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
-    parser.add_argument("--train", nargs="*", default=["thorough"], choices=METHODS)
+    parser.add_argument("--train", nargs="*", default=["come-p-finalists"], choices=METHODS)
     parser.add_argument(
         "--tokens", type=int, nargs=3, default=[65536, 500_000, 200_000], metavar=("FIT", "LAYERWISE", "END_TO_END")
     )

@@ -51,8 +51,8 @@ class TextSpec:
     # and its answer, are conversations, written with the model's chat template; `#column=NAME` takes another column.
     # `file.txt#0:0.9` is the first nine tenths of a file. Several take equal parts.
     sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
-    # Tokens of text: 65536, 500k, 2M.
-    tokens: int = flag(65_536, metavar="N", parse=token_count)
+    # Tokens of text: 65536, 500k, 2M (default: 65536; with `--effort thorough` four times as many).
+    tokens: int | None = flag(None, metavar="N", parse=token_count)
     # Tokens in a sequence.
     seq_len: int = flag(512, metavar="N")
     # Random seed.
@@ -64,12 +64,17 @@ class TextSpec:
             (bool(self.sources), "--calibration names no text.", "Give a file, hub:DATASET:SPLIT:COLUMN, or self."),
             *at_least(2, "Give a larger one, such as 512.", seq_len=self.seq_len),
             (
-                self.tokens >= max(self.seq_len, 2),
+                self.length >= max(self.seq_len, 2),
                 f"--tokens is {self.tokens}, less than one sequence of --seq-len {self.seq_len}.",
                 "Give more --tokens, or a smaller --seq-len.",
             ),
             *at_least(0, "Give a whole number from 0 on.", seed=self.seed),
         )
+
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        return 65_536 if self.tokens is None else self.tokens
 
     @property
     def writes(self) -> bool:

@@ -18,7 +18,8 @@ def said(error: UserError) -> list[str]:
 
 
 def test_defaults() -> None:
-    assert TextSpec() == TextSpec(sources=("self",), tokens=65_536, seq_len=512, seed=0)
+    assert TextSpec() == TextSpec(sources=("self",), tokens=None, seq_len=512, seed=0)
+    assert (TextSpec().length, TextSpec(tokens=1024).length) == (65_536, 1024)
     assert EvalSpec() == EvalSpec(text=(), windows=64, tasks=(), limit=None, speed=True)
     assert Output(path=Path("out")).shard_bytes == 5 * 10**9
     assert Runtime(memory="1.5GiB").memory_bytes == 3 * 2**29

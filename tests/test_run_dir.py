@@ -14,7 +14,7 @@ from intarsia.errors import UserError
 from intarsia.options import TextSpec
 from intarsia.run_dir import Log, RunDir
 
-SETTINGS = {"model": "demo", "text": TextSpec(seed=3), "method": {"name": "come", "merge": 2}}
+SETTINGS = {"model": "demo", "text": TextSpec(tokens=65_536, seed=3), "method": {"name": "come", "merge": 2}}
 
 
 def said(error: UserError) -> list[str]:

@@ -366,7 +366,7 @@ def _estimate(
     planning = Planning(job, Target(layers=min(depths)), method)
     planner, architecture = planning.planner, job.checkpoint.architecture
     shared = architecture.n_layers if planner.measures or planner.progressive else 0
-    sequences = max(job.spec.tokens // job.spec.seq_len, 1)
+    sequences = max(job.spec.length // job.spec.seq_len, 1)
     # If a step may remove several layers, every depth may need a ladder of its own.
     targets = depths if planner.layers_at_once > 2 else [min(depths)]
     forwards = sum(planner.forwards_at_most(architecture, target, sequences) - shared for target in targets)

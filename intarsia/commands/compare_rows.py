@@ -149,7 +149,9 @@ class Ladders:
             current = None
         if current is None:
             final = planner.after_final_norm
-            current = self._current = original(self.job, RunDir(self.out).scratch, after_final_norm=final)
+            current = self._current = original(
+                self.job, self.job.text.calibration, RunDir(self.out).scratch, after_final_norm=final
+            )
         if current.kept:
             current.rewind()
         elif planner.progressive or planner.measures or planner.blocks:

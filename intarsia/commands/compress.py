@@ -13,7 +13,7 @@ from intarsia.commands.push import push_later
 from intarsia.errors import UserError
 from intarsia.flags import Result
 from intarsia.options import EvalSpec, ModelRef, Output, Runtime, Target, TextSpec
-from intarsia.pruning.efforts import heal_of, method_of
+from intarsia.pruning.efforts import heal_of, method_of, text_of
 from intarsia.pruning.estimate import Estimate
 from intarsia.registry import HealStages, Planner
 from intarsia.run_dir import RunDir
@@ -101,7 +101,7 @@ def compress(
     from intarsia.disk import check_no_input, check_out, write_whole
     from intarsia.evaluation.agreement import doubt
     from intarsia.evaluation.speed import peak_memory_bytes
-    from intarsia.healing.pipeline import check_memory, check_stages, check_turns
+    from intarsia.healing.pipeline import check_memory, check_stages, check_turns, tokens_read
     from intarsia.recipe import schema
 
     started, report = time.perf_counter(), progress.current()
@@ -120,9 +120,9 @@ def compress(
     inputs = inputs_of(models=[model], texts=read)
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
     check_no_input(run.path, inputs)
-    job = Job(model, text, runtime)
+    job = Job(model, text_of(text, target.effort), runtime)
     check_turns(stages, job.tokenizer)
-    planning = Planning(job, target, method_of(method, target.effort), heals=bool(stages))
+    planning = Planning(job, target, method_of(method, target.effort), heals=tokens_read(stages))
     check_memory(stages, planning.estimate.parameters_after, job.checkpoint.nbytes, job.device)
     measuring = Evaluation.of(job, evaluation)
     result = CompressResult(

@@ -343,7 +343,7 @@ class Subject:
         Raises:
             UserError: there is too little text.
         """
-        corpus, seq_len = self._draw(self.text.tokens), self.text.seq_len
+        corpus, seq_len = self._draw(self.text.length), self.text.seq_len
         number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
         train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
         # Tokens at the start of this same text on which the recipe was fitted before.

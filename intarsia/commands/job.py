@@ -274,7 +274,9 @@ def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
         "sha256": job.sha256,
         "config": acting_config(job.checkpoint.config),
         "calibration": calibration_of(run, job),
-        **{name: getattr(job.spec, name) for name in ("tokens", "seq_len", "seed")},
+        "tokens": job.spec.length,
+        "seq_len": job.spec.seq_len,
+        "seed": job.spec.seed,
     }
 
 

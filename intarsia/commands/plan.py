@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from intarsia import progress
 from intarsia.flags import Flag, Result
 from intarsia.options import ModelRef, Runtime, Target, TextSpec
-from intarsia.pruning.efforts import method_of
+from intarsia.pruning.efforts import method_of, text_of
 from intarsia.pruning.estimate import Estimate
 from intarsia.registry import Planner
 from intarsia.run_dir import RunDir
@@ -77,7 +77,7 @@ def plan(
 
     started = time.perf_counter()
     check_no_input(Path(run), inputs_of(models=[model], texts=text.sources))
-    planning = Planning(Job(model, text, runtime), target, method_of(method, target.effort))
+    planning = Planning(Job(model, text_of(text, target.effort), runtime), target, method_of(method, target.effort))
     if dry_run:
         return planning.result()
     progress.current().say(planning.estimate.words())

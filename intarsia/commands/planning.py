@@ -11,6 +11,7 @@ from intarsia import progress
 from intarsia.activations.architecture_checks import verified
 from intarsia.commands.job import Job, pin_text, settings_of, target_depth, versions
 from intarsia.commands.plan import PlanResult
+from intarsia.data.corpus import Corpus
 from intarsia.disk import read_json
 from intarsia.errors import UserError
 from intarsia.evaluation.speed import peak_memory_bytes
@@ -50,12 +51,13 @@ class Planning:
         target: Target,
         method: Chosen,
         *,
-        heals: bool = False,
+        heals: int = 0,
         whole: Callable[[Planner], Intermediate] | None = None,
     ) -> None:
         """
         Args:
-            heals: whether the recipe is healed afterwards: the original's hidden states are kept for that.
+            heals: on how many tokens healing asks for the original's hidden states. A planner that decides on a part of
+                the text measures no more.
             whole: gives the original, measured and kept, where other plans share it; it is not closed here then.
 
         Raises:
@@ -73,13 +75,17 @@ class Planning:
         self._model: Intermediate | None = None
         job.checkpoint = verified(job.checkpoint)
         self.target = target_depth(target, job.checkpoint.architecture, job.checkpoint.parameters)
-        how: dict[str, Any] = {"tokens": job.spec.tokens, "seq_len": job.spec.seq_len, "dtype": job.dtype}
-        self.estimate = estimate(job.checkpoint, self.planner, self.target, **how)
+        # Tokens on which the original is measured.
+        self.measured = job.spec.length
+        if self.planner.plan_tokens is not None:
+            self.measured = min(self.measured, max(self.planner.plan_tokens, heals))
+        how: dict[str, Any] = {"tokens": job.spec.length, "measured": self.measured, "seq_len": job.spec.seq_len}
+        self.estimate = estimate(job.checkpoint, self.planner, self.target, **how, dtype=job.dtype)
 
     def heal_passes_at_most(self, stages: Sequence[Chosen]) -> float:
         """Passes over the calibration text that heal stages take."""
         starts = self.planner.finalists + self.planner.blocks + (self.planner.in_loop is not None)
-        return sum(passes_at_most(stages, self.job.checkpoint.architecture, starts=starts, tokens=self.job.spec.tokens))
+        return sum(passes_at_most(stages, self.job.checkpoint.architecture, starts=starts, tokens=self.job.spec.length))
 
     def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
@@ -128,7 +134,8 @@ class Planning:
         if self._shared is not None:
             model = self._shared(planner)
         elif model is None:
-            model = original(self.job, scratch, after_final_norm=planner.after_final_norm)
+            how = {"after_final_norm": planner.after_final_norm}
+            model = original(self.job, self.job.text.calibration.first(self.measured), scratch, **how)
             model.look_at(planner.plan_tokens)
             if planner.measures or planner.progressive or planner.blocks:
                 model.refresh()
@@ -231,16 +238,17 @@ class Planning:
         return whole.with_layers(whole.layers, provenance=provenance)
 
 
-def original(job: Job, scratch: Path, *, after_final_norm: bool) -> Intermediate:
+def original(job: Job, text: Corpus, scratch: Path, *, after_final_norm: bool) -> Intermediate:
     """The whole model, not measured yet.
 
     Args:
+        text: the calibration text, or a first part of it.
         scratch: where hidden states go that do not fit into memory.
         after_final_norm: whether the last layer is measured after the final norm.
     """
     return Intermediate(
         job.resident,
-        job.text.calibration,
+        text,
         identity(Variant(name=BASE, model=job.checkpoint.model), job.checkpoint.architecture.n_layers).layers,
         batch_tokens=job.runtime.batch_tokens,
         memory_budget=job.placement.memory_budget(scratch),

@@ -72,6 +72,11 @@ class Corpus:
         assert 1 <= n <= len(self)
         return self._part(slice(0, n), f"the first {n} sequences of {self.description}")
 
+    def first(self, tokens: int) -> Corpus:
+        """The first sequences, at most `tokens` tokens together, and at least one sequence; itself if that is all."""
+        number = max(1, tokens // self.seq_len)
+        return self.take(number) if number < len(self) else self
+
     def split(self, fraction: float) -> tuple[Corpus, Corpus]:
         """The first `fraction` of the sequences, and the rest; at least one each.
 

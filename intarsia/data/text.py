@@ -114,7 +114,7 @@ def draw(
     Raises:
         UserError: something is wrong with a source, or the sources are too short.
     """
-    names, n = _names(text.sources), text.tokens // text.seq_len
+    names, n = _names(text.sources), text.length // text.seq_len
     check(
         (
             n >= len(names),

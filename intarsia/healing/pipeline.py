@@ -144,7 +144,9 @@ class HealContext:
             return
         batches, memory_budget = Batches(text, self.resident.device, batch_tokens=self.batch_tokens), self.memory_budget
         keep = fits > 1 and fits_in_memory(self.resident, batches, memory_budget)
-        known = None if self.states is None else self.states.known(self.resident.architecture.n_layers)
+        known = None
+        if self.states is not None and len(text) <= len(self.states.batches.corpus):  # both are first parts of one text
+            known = self.states.known(self.resident.architecture.n_layers)
         loop = Loop(self.resident, batches, memory_budget=memory_budget)
         with TeacherStates(loop, known=known, keep=keep) as states:
             yield states
@@ -296,6 +298,11 @@ def passes_at_most(
     """Passes of the whole model over a text that each stage takes; one for a stage that does not say."""
     known = (getattr(chosen.settings, "passes_at_most", None) for chosen in stages)
     return tuple(1.0 if each is None else each(architecture, starts=starts, tokens=tokens) for each in known)
+
+
+def tokens_read(stages: Sequence[Chosen]) -> int:
+    """How many tokens' hidden states of the original stages ask for at most, the first ones of the text."""
+    return max((getattr(chosen.settings, "tokens", 0) for chosen in stages), default=0)
 
 
 def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:

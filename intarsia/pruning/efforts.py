@@ -1,10 +1,13 @@
-"""How much work a compression may take: a method and heal stages, the best measured at their cost (docs/RESULTS.md)."""
+"""How much work a compression may take: a method, heal stages and text, the best measured at their cost
+(docs/RESULTS.md)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from intarsia.errors import check
+from intarsia.options import TextSpec
 from intarsia.registry import Chosen, heal_stages, planners
 
 
@@ -13,6 +16,8 @@ class Effort(NamedTuple):
 
     method: str
     heal: str
+    # Tokens of text.
+    tokens: int = TextSpec().length
 
 
 EFFORTS: dict[str, Effort] = {
@@ -22,8 +27,9 @@ EFFORTS: dict[str, Effort] = {
         "closed-form,end-to-end[evaluations=4,epochs=2]",
     ),
     "thorough": Effort(
-        "come-p[spans=5,granularity=5,removals=true,heal-in-loop=true,finalists=4,blocks=5]",
-        "closed-form,end-to-end[evaluations=4,epochs=4]",
+        "shortgpt[plan-tokens=16384,blocks=3]",
+        "closed-form[fit-tokens=65536],end-to-end[evaluations=4]",
+        tokens=262_144,
     ),
 }
 
@@ -49,3 +55,8 @@ def heal_of(heal: Any, method: Any, effort: str | None) -> tuple[Chosen, ...]:
     if heal is None:
         heal = EFFORTS[effort or "standard"].heal if method is None else "closed-form"
     return heal_stages.choose_all(heal)
+
+
+def text_of(text: TextSpec, effort: str | None) -> TextSpec:
+    """The text that was asked for, with the tokens of the effort where no number was given."""
+    return replace(text, tokens=EFFORTS[effort or "standard"].tokens) if text.tokens is None else text

@@ -57,12 +57,14 @@ def estimate(
     target: int,
     *,
     tokens: int,
+    measured: int,
     seq_len: int,
     dtype: torch.dtype | None,
 ) -> Estimate:
     """The cost of planning down to `target` layers.
 
     Args:
+        measured: tokens of the text on which the original is measured.
         dtype: of the run; None for the checkpoint's own.
     """
     from intarsia.activations.architecture_checks import state_of
@@ -72,11 +74,11 @@ def estimate(
     after = parameters - (depth - target) * architecture.layer_parameters
     stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
-    # The original is measured on all of the text, later models on part of it. Blocks and healing in the loop keep the
+    # Shares of the text on which the original and later models are measured. Blocks and healing in the loop keep the
     # original's hidden states beside those of the model.
-    share = min(1.0, (planner.plan_tokens or tokens) / tokens)
-    measured = planner.measures or planner.progressive or planner.blocks
-    kept = (depth + 1) * (measured + share * bool(planner.in_loop or planner.blocks))
+    whole, share = measured / tokens, min(1.0, (planner.plan_tokens or tokens) / tokens)
+    kept_whole = bool(planner.measures or planner.progressive or planner.blocks)
+    kept = (depth + 1) * (whole * kept_whole + share * bool(planner.in_loop or planner.blocks))
     rows = max(int(share * tokens) // seq_len, 1)
     forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
@@ -90,6 +92,6 @@ def estimate(
         parameters_after=after,
         weight_bytes=parameters * running,
         hidden_bytes=int(kept * tokens * state_of(architecture).size * running),
-        passes_at_most=(first + (forwards - first) * share) / depth,
+        passes_at_most=(first * whole + (forwards - first) * share) / depth,
         disk_bytes=after * stored,
     )

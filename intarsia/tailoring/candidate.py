@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
@@ -50,12 +50,16 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """A layer of member `first` concatenated with the removed layer after it, of member `second`."""
+    """A layer of member `first` joined with a removed layer after it, of member `second`.
+
+    Either a concatenation with the next layer, or its attention with the MLP of the last removed layer (a half-layer
+    drop).
+    """
 
     first: str
     second: str
-    # The first layer's share of the pieces.
-    share: float
+    # The first layer's share of the pieces; None for a half-layer drop.
+    share: float | None = None
 
 
 Choice: TypeAlias = Keep | Join
@@ -239,7 +243,10 @@ class Menu:
         return tuple(value for value in grid if value != 0.0 and not (whole and value == 1.0))
 
 
-def beside(grid: Sequence[float], value: float) -> list[float]:
+_Value = TypeVar("_Value")
+
+
+def beside(grid: Sequence[_Value], value: _Value) -> list[_Value]:
     """The neighbours of a value on a grid."""
     at = grid.index(value)
     return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]

@@ -242,7 +242,7 @@ class FamilyFile(Strict):
         BeforeValidator(lambda value: {} if value is None else value),
     ] = {}  # noqa: RUF012  (pydantic copies it)
     target: TargetSpec
-    operations: Annotated[_Words, _known(lambda: ("remove", "select", "merge", "concat", "stack"))] = (
+    operations: Annotated[_Words, _known(lambda: ("remove", "select", "merge", "concat", "half-layers", "stack"))] = (
         "remove",
         "select",
         "merge",

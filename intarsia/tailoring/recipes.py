@@ -22,7 +22,7 @@ from intarsia.pruning import scores as allocate
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
 from intarsia.recipe import schema
-from intarsia.recipe.algebra import concat_of
+from intarsia.recipe.algebra import concat_of, half_layers
 from intarsia.recipe.methods import METHODS, with_defaults
 from intarsia.recipe.recipe import LayerRef, Merge, Mix, Op, Recipe, Select, Variant, derive_spans, identity
 from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join
@@ -53,7 +53,7 @@ class Translator:
         """The recipe of a candidate of the space, without the variants that it does not use."""
         assert self.space.has(candidate), "a candidate of this space"
         ops = [
-            self._op(choice, layer)
+            self._op(choice, layer, self.space.removed_after(layer, candidate.positions))
             for position, choice in candidate.items()
             for layer in self.space.layers_of(position)
         ]
@@ -68,9 +68,9 @@ class Translator:
             spans=derive_spans(ops, self.space.depth),
         )
 
-    def _op(self, choice: Choice, layer: int) -> Op:
+    def _op(self, choice: Choice, layer: int, removed: int) -> Op:
         if isinstance(choice, Join):
-            return self._joined(choice, layer)
+            return self._joined(choice, layer, removed)
         if choice.mlp is None and choice.attention.method is None and choice.scale == 1.0:
             return Select(source=LayerRef(variant=choice.attention.members[0], layer=layer))
         blends = [choice.attention, *([] if choice.mlp is None else [choice.mlp])]
@@ -103,9 +103,13 @@ class Translator:
         weights = tuple(by_member.get(name, 0.0) for name in members)
         return Mix(weights=weights, method=method, params=with_defaults(method, params))
 
-    def _joined(self, choice: Join, layer: int) -> Op:
-        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in."""
-        refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + 1)]
+    def _joined(self, choice: Join, layer: int, removed: int) -> Op:
+        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in; or two half-layers."""
+        after = 1 if choice.share is not None else removed
+        refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + after)]
+        ops = [Select(source=ref) for ref in refs]
+        if choice.share is None:
+            return half_layers(ops[0], ops[1], "fold", self.architecture)
         totals = {part: self.architecture.n_pieces(part) for part in PARTS}
         shares = [choice.share, 1.0 - choice.share]
         counts = {part: allocate.counts(shares, totals[part]) for part in PARTS}
@@ -114,7 +118,7 @@ class Translator:
             for index, ref in enumerate(refs)
         ]
         return concat_of(
-            [Select(source=ref) for ref in refs],
+            ops,
             kept,
             weights=[{part: counts[part][index] / totals[part] for part in PARTS} for index in range(2)],
             norm="fold",

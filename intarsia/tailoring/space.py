@@ -1,8 +1,9 @@
 """The search space: its candidates, their number, and their neighbours.
 
-The removed layers are encoded as a subset of the base's layers, never as a sequence of indices; so are the layers that
-occur twice in a stack. A kept layer may be joined with a removed one after it. Everything else about a layer is chosen
-from the menu. In a space with groups (layer-wise fusion at full depth), the layers of a group share a choice.
+Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
+twice is one too. A kept layer whose follower is removed may be joined with it, or take the MLP of the last layer that
+is removed after it. Everything else about a layer is chosen from the menu. Where the space has groups (layer-wise
+fusion at full depth), the layers of a group share a choice.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Space:
     menu: Menu
     # Possible shares of the first layer in a join; empty if layers are not joined.
     shares: tuple[float, ...] = ()
+    # Whether a kept layer may take the MLP of the last layer removed after it, which drops everything between.
+    half_layers: bool = False
     # Output scales of kept layers, ascending, 1 among them.
     scales: tuple[float, ...] = (1.0,)
     # Whether attention and MLP of a layer may be blended differently.
@@ -65,25 +68,39 @@ class Space:
         at = self.starts.index(position)
         return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
 
-    @property
+    @cached_property
     def log10_size(self) -> float:
-        """The number of candidates, as a power of ten, with the average number of joins of a layer."""
+        """The number of candidates, as a power of ten."""
         keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
-        pairs = sum(map(self.joinable, range(self.depth)))
-        removed_next = pairs / self.depth * self.changes / max(self.depth - 1, 1)
-        joins = len(self.menu.singles) ** 2 * len(self.shares) * removed_next
-        layers = len(self.starts) if self.kind == "fusion" else self.target
-        return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps + joins)
+        if self.kind != "cut":
+            layers = len(self.starts) if self.kind == "fusion" else self.target
+            return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps)
+        members = len(self.menu.singles) ** 2
+        # For each kept layer and number of removed layers after it: the number of choices from that layer on.
+        counts = {self.depth: [1] + [0] * self.changes}
+        for layer in reversed(range(self.depth)):
+            runs = range(min(self.changes, self.depth - 1 - layer) + 1)
+            own = [keeps + members * len(self.joins(layer, [layer + run + 1])) for run in runs]
+            counts[layer] = [
+                sum(own[run] * counts[layer + run + 1][left - run] for run in runs if run <= left)
+                for left in range(self.changes + 1)
+            ]
+        return math.log10(sum(counts[first][self.changes - first] for first in range(self.changes + 1)))
 
-    def joinable(self, layer: int) -> bool:
-        """Whether a layer could be joined with the next one, once that is removed."""
-        if not self.shares or self.kind != "cut" or layer + 1 >= self.depth:
-            return False
-        return self.layer_types is None or self.layer_types[layer] == self.layer_types[layer + 1]
+    def joins(self, layer: int, positions: Sequence[int]) -> tuple[float | None, ...]:
+        """The shares at which a layer may be joined with the removed layers after it, before the next position."""
+        removed = self.removed_after(layer, positions)
+        if self.kind != "cut" or not removed:
+            return ()
+        halves = (None,) if self.half_layers and self._alike(layer, layer + removed) else ()
+        return (*(self.shares if self._alike(layer, layer + 1) else ()), *halves)
 
-    def joined(self, layer: int, positions: Sequence[int]) -> bool:
-        """Whether a layer may be joined with the next one in a candidate with these positions."""
-        return self.joinable(layer) and layer + 1 not in positions
+    def removed_after(self, layer: int, positions: Sequence[int]) -> int:
+        """The number of layers between a layer and the next of these positions."""
+        return min((other for other in positions if other > layer), default=self.depth) - layer - 1
+
+    def _alike(self, first: int, second: int) -> bool:
+        return self.layer_types is None or self.layer_types[first] == self.layer_types[second]
 
     def changed(self, positions: Sequence[int]) -> tuple[int, ...]:
         """The removed layers, or in a stack those that occur twice."""
@@ -137,7 +154,7 @@ class Space:
         found: list[Choice] = []
         for slot in slots(positions):
             choice = choices.get(slot, base)
-            if isinstance(choice, Join) and not self.joined(slot[0], positions):
+            if isinstance(choice, Join) and choice.share not in self.joins(slot[0], positions):
                 choice = single(choice.first)
             elif isinstance(choice, Keep) and choice.mlp == choice.attention:
                 choice = Keep(attention=choice.attention, scale=choice.scale)
@@ -154,7 +171,7 @@ class Space:
     def _has_choice(self, choice: Choice, position: int, positions: Sequence[int]) -> bool:
         if isinstance(choice, Join):
             members = {choice.first, choice.second} <= set(self.menu.singles)
-            return members and choice.share in self.shares and self.joined(position, positions)
+            return members and choice.share in self.joins(position, positions)
         blends = [choice.attention, *([choice.mlp] if choice.mlp is not None else [])]
         apart = choice.mlp is None or (self.separate and choice.mlp != choice.attention)
         return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
@@ -165,9 +182,10 @@ class Space:
         positions = self.positions(changed)
         choices: dict[Slot, Choice] = {}
         for slot in slots(positions):
-            if self.joined(slot[0], positions) and rng.random() < 0.5:
+            shares = self.joins(slot[0], positions)
+            if shares and rng.random() < 0.5:
                 first, second = rng.choice(self.menu.singles), rng.choice(self.menu.singles)
-                choices[slot] = Join(first=first, second=second, share=rng.choice(self.shares))
+                choices[slot] = Join(first=first, second=second, share=rng.choice(shares))
             else:
                 mlp = self.menu.random(rng) if self.separate else None
                 choices[slot] = Keep(attention=self.menu.random(rng), mlp=mlp, scale=rng.choice(self.scales))
@@ -237,6 +255,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
         target=target,
         menu=menu,
         shares=grid(file.concat.share, _STEP) if "concat" in file.operations else (),
+        half_layers="half-layers" in file.operations,
         scales=tuple(sorted({1.0, *grid(file.output_scale, _FINE)})),
         separate=file.merge.parts == "separate",
         groups=file.fusion.groups,
@@ -282,14 +301,15 @@ def _misfits(file: FamilyFile, architecture: Architecture, target: int) -> Itera
         yield f"{asked}; a layer occurs twice at most, so {2 * depth} is the most", "Ask for fewer layers."
     if "stack" in file.operations and target <= depth:
         yield f"'stack' is among the operations, and the target is {target} of {depth} layers", "Remove it."
-    if "concat" in file.operations and target >= depth:
-        yield "'concat' is among the operations, and no layer is removed", "Remove it."
+    joins = [name for name in ("concat", "half-layers") if name in file.operations]
+    if joins and target >= depth:
+        yield f"{joins[0]!r} is among the operations, and no layer is removed", "Remove it."
     groups = file.fusion.groups
     if groups is not None and target != depth:
         yield f"fusion.groups is {groups}, and the target is {target} of {depth} layers", "Remove the groups."
     elif groups is not None and groups > depth:
         yield f"fusion.groups is {groups}; the base has {depth} layers", "Use fewer groups."
-    if not file.variants and {"select", "merge"} & set(file.operations) and "concat" not in file.operations:
+    if not file.variants and {"select", "merge"} & set(file.operations) and not joins:
         yield "there are no variants to select or merge", "Add one, or search with remove alone."
     if file.merge.scale == (0.0, 0.0) and file.methods:
         yield "merge.scale is 0, which adds nothing", "Widen the range."

@@ -2,7 +2,7 @@
 
 - `random-middle`: the base without random layers of its middle, 8 times.
 - a planner's ladder: the layers kept by its recipe at the target depth, once from each member, and once merged from all
-  variants by each method of the space.
+  variants by each method of the space. Half-layer drops are kept where the space has them.
 - an earlier search: its front; if it used the same examples and family, also all its trials with their budgets. They go
   into the log, do not count as trials of this search, and are not repeated.
 """
@@ -18,9 +18,9 @@ from random import Random
 from pydantic import TypeAdapter
 
 from intarsia.disk import damage_named, write_whole
-from intarsia.recipe.recipe import Concat, MergeMethod, Op, Recipe
+from intarsia.recipe.recipe import Concat, MergeMethod, Recipe
 from intarsia.recipe.schema import content_hash
-from intarsia.tailoring.candidate import Blend, Keep, Menu, single, slots
+from intarsia.tailoring.candidate import Blend, Choice, Join, Keep, Menu, Slot, single, slots
 from intarsia.tailoring.engine import Start
 from intarsia.tailoring.recipes import Translator
 from intarsia.tailoring.run import Front, Trial
@@ -72,24 +72,46 @@ def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
 
     Nothing, if the space keeps another number of layers.
     """
-    kept = [_layer(op) for op in recipe.layers]
+    if space.kind != "cut" or recipe.depth != space.depth:
+        return []
+    kept, halves = _kept(recipe, space)
     removed = [layer for layer in range(space.depth) if layer not in kept]
-    if space.kind != "cut" or recipe.depth != space.depth or len(removed) != space.changes:
+    if len(removed) != space.changes:
         return []
     removed = list(space.removable(removed))
     places = slots(space.positions(removed))
     everywhere = {"": single(space.menu.members[0])}
     everywhere |= {f" on {member}": single(member) for member in space.menu.singles[1:]}
     everywhere |= {f" merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
-    return [
-        Start(candidate=space.arrange(removed, dict.fromkeys(places, choice)), origin=f"warm start: {name}{how}")
-        for how, choice in everywhere.items()
-    ]
+    starts = []
+    for how, choice in everywhere.items():
+        # Half-layers are not merged: beside merged layers they are the base's.
+        member = space.menu.members[0] if choice.attention.method else choice.attention.members[0]
+        choices: dict[Slot, Choice] = {**dict.fromkeys(places, choice)}
+        choices |= {(layer, 0): Join(first=member, second=member) for layer in halves}
+        starts.append(Start(candidate=space.arrange(removed, choices), origin=f"warm start: {name}{how}"))
+    return starts
 
 
-def _layer(op: Op) -> int:
-    """The layer with the largest share of an op."""
-    return (max(op.cuts, key=lambda cut: len(cut.channels)).source if isinstance(op, Concat) else op.sources[0]).layer
+def _kept(recipe: Recipe, space: Space) -> tuple[list[int], list[int]]:
+    """The base's layers at which a recipe's layers are placed, and those of them with a later layer's MLP.
+
+    Without half-layer drops in the space, this is the layer with the largest share of an op.
+    """
+    kept, halves, following = list[int](), list[int](), space.depth
+    for op in reversed(recipe.layers):
+        layer = op.sources[0].layer
+        if isinstance(op, Concat):
+            attention = [cut.source.layer for cut in op.cuts if cut.kv_groups]
+            mlp = [cut.source.layer for cut in op.cuts if cut.channels]
+            exact = attention == [layer] and mlp == [following - 1]
+            if exact and None in space.joins(layer, [following]):
+                halves.append(layer)
+            else:
+                layer = max(op.cuts, key=lambda cut: len(cut.channels)).source.layer
+        kept.append(layer)
+        following = layer
+    return kept, halves
 
 
 def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:

@@ -200,7 +200,9 @@ def test_all_problems_of_a_folder_come_together(model: Make) -> None:
     shards[0].unlink()
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     (folder / "config.json").write_text("{")
-    error = refused(folder, f"{shards[0].name}.*this shard of the index is missing", f"{shards[1].name}.*truncated", "config.json")
+    error = refused(
+        folder, f"{shards[0].name}.*this shard of the index is missing", f"{shards[1].name}.*truncated", "config.json"
+    )
     assert len(error.problems) == 3
 
 

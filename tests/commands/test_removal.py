@@ -369,7 +369,8 @@ def test_a_search(kind: str, family: Any, tmp_path: Path) -> None:
     assert verified.exit_code == 0, verified.output
 
 
-def test_a_search_that_joins_layers_is_refused(family: Any, tmp_path: Path) -> None:
-    done = invoke("tailor", family("lfm2", more=", merge, concat"), "-o", tmp_path / "run")
+@pytest.mark.parametrize("joins", ["merge, concat", "half-layers"])
+def test_a_search_that_joins_layers_is_refused(joins: str, family: Any, tmp_path: Path) -> None:
+    done = invoke("tailor", family("lfm2", more=f", {joins}"), "-o", tmp_path / "run")
     assert done.exit_code == 2 and not (tmp_path / "run").exists()
-    assert "merge, concat: layers of this model can only be removed: no family file describes" in done.stderr
+    assert f"{joins}: layers of this model can only be removed: no family file describes" in done.stderr

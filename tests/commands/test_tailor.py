@@ -22,7 +22,8 @@ from intarsia.errors import UserError
 from intarsia.healing import closed_form
 from intarsia.options import Runtime
 from intarsia.recipe import schema
-from intarsia.recipe.recipe import Recipe
+from intarsia.recipe.recipe import Concat, Recipe
+from intarsia.tailoring.candidate import Join
 from intarsia.tailoring.evaluator import Evaluator, rest_of, unseen
 from intarsia.tailoring.family import open_family
 from intarsia.tailoring.family_file import read_family_file
@@ -186,6 +187,24 @@ def test_stopped_and_continued(searched: tuple[Path, TailorResult], family: Path
     log.write_bytes(log.read_bytes()[:-40])
     tailor(family, run, trials=12, result=False)
     assert trials_of(run) == trials_of(searched[0])
+
+
+def test_half_layers(parts: dict[str, Path], tmp_path: Path) -> None:
+    """A search for drops of half layers, from the command line to a built trial; pieces are not measured for it."""
+    changes = {"merge, concat]": "half-layers]", "merge: {methods: [task_arithmetic, slerp]}\n": "", ", shortgpt": ""}
+    family = write_family(parts, tmp_path / "family.yaml", **changes)
+    cli.run(["tailor", str(family), "-o", str(tmp_path / "run"), "--device", "cpu", "--no-judge", "--no-build"])
+    run = TailorRun(tmp_path / "run")
+    halves = [trial for trial in run.trials if Join(first="base", second="math") in trial.candidate.choices]
+    assert halves and not (run.path / "sensitivities.safetensors").exists()
+    built = intarsia.build(run.path, tmp_path / "built", trial=halves[0].number)
+    assert built.recipe_sha256 == halves[0].recipe
+    cuts = [
+        len(op.cuts)
+        for op in schema.load(tmp_path / "built" / "recipe" / "recipe.yaml").layers
+        if isinstance(op, Concat)
+    ]
+    assert cuts and set(cuts) == {2}
 
 
 def test_more_trials(family: Path, tmp_path: Path) -> None:

@@ -74,14 +74,17 @@ def test_a_block_that_is_the_recipe_itself_is_no_other_start(resident_of: InMemo
 
 
 def test_the_final_heal_starts_from_blocks_too(tmp_path: Path, model_folder: Folder, text_file: Path) -> None:
-    """Resumed, the recorded blocks are used; the original's states are the planner's; the recipe is the same."""
+    """Resumed, the recorded blocks are used; the original's states are the planner's, where the fit needs no more; the
+    recipe is the same."""
     job = Job(str(model_folder("llama")), TextSpec(sources=(str(text_file),), tokens=1024, seq_len=32), Runtime())
     method, stages = planners.choose("sleb[blocks=2,plan-tokens=512]"), heal_stages.choose_all("closed-form")
     hashes = []
-    for name in ("run", "run", "other"):
-        planning = Planning(job, Target(layers=4), method, heals=True)
+    for name, read in (("run", 1024), ("run", 1024), ("other", 1024), ("less", 512)):
+        planning = Planning(job, Target(layers=4), method, heals=read)
         with planning.opened(RunDir(tmp_path / name)) as ladder:
             planning.work(ladder)
+            if (states := planning.states()) is not None:  # not where the plan is resumed
+                assert states.batches.corpus.sha256 == job.text.calibration.first(read).sha256
             healed = heal_recipe(planning, ladder, ladder.recipe(4), stages)
         assert healed is not None
         hashes.append(content_hash(healed.recipe))

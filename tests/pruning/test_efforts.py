@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from intarsia.errors import UserError
-from intarsia.pruning.efforts import EFFORTS, heal_of, method_of
+from intarsia.options import TextSpec
+from intarsia.pruning.efforts import EFFORTS, heal_of, method_of, text_of
 from tests.command import LITTLE, invoke
 from tests.conftest import Folder
 
@@ -16,7 +17,9 @@ from tests.conftest import Folder
 def test_an_effort_chooses_what_is_not_named() -> None:
     assert method_of(None, None) == method_of(None, "standard")
     assert method_of("sleb", None).label == "sleb"
-    assert len({method_of(None, effort).label for effort in EFFORTS}) == 3
+    assert len({(each.method, each.heal) for each in EFFORTS.values()}) == 3
+    assert [text_of(TextSpec(), effort).tokens for effort in (None, *EFFORTS)] == [65_536, 65_536, 65_536, 262_144]
+    assert text_of(TextSpec(tokens=1024), "thorough").tokens == 1024
     assert heal_of(None, None, None) == heal_of(None, None, "standard")
     assert [each.name for each in heal_of(None, None, "standard")] == ["closed-form", "end-to-end"]
     assert [each.label for each in heal_of(None, "sleb", None)] == ["closed-form"]

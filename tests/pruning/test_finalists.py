@@ -14,7 +14,6 @@ from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.pruning import heal_in_loop
-from intarsia.pruning.efforts import method_of
 from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
@@ -257,8 +256,6 @@ def test_what_they_do_not_go_with() -> None:
         planners.choose_all("sleb,come-p[finalists=2]")
     (chosen,) = planners.choose_all("come-p[finalists=2,removals=yes,heal_in_loop=true]")
     assert chosen.settings == ComePSettings(finalists=2, removals=True, heal_in_loop=True)
-    thorough = method_of(None, "thorough").create()
-    assert thorough.in_loop == ClosedFormSettings() and thorough.blocks == 5
 
 
 def test_streamed_it_is_the_same(tmp_path: Path, checkpoint_of: Opened, resident_of: InMemory) -> None:

@@ -71,10 +71,11 @@ def make_translator(**changes: object) -> Translator:
     )
 
 
-@pytest.fixture(params=["cut", "separate", "fusion", "groups", "stack"])
+@pytest.fixture(params=["cut", "halves", "separate", "fusion", "groups", "stack"])
 def translator(request: pytest.FixtureRequest) -> Translator:
     kinds: dict[str, dict[str, object]] = {
         "cut": {},
+        "halves": {"half_layers": True},
         "separate": {"separate": True},
         "fusion": {"target": DEPTH, "separate": True},
         "groups": {"target": DEPTH, "groups": 3},

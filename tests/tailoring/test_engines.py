@@ -13,7 +13,7 @@ from intarsia.errors import UserError
 from intarsia.recipe.recipe import Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.registry import engines
-from intarsia.tailoring.candidate import Candidate, single
+from intarsia.tailoring.candidate import Candidate, Join, single
 from intarsia.tailoring.engine import Engine, Stage, Staged, Start, Task, budget_ladder, expected_trials
 from intarsia.tailoring.recipes import Translator
 from intarsia.tailoring.run import History
@@ -135,9 +135,11 @@ def test_what_was_heard_of_a_greater_budget_alone_keeps_nobody_back() -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_ask_for_what_the_space_has(name: str, tmp_path: Path) -> None:
-    translator = make_translator()
+    translator = make_translator(half_layers=True)
     trials = 30 if name == "smac" else 60  # its forests take a while
     history = run(made(name, translator.space), translator, tmp_path / "log", trials)
+    assert any(isinstance(choice, Join) and choice.share is None for t in history for choice in t.candidate.choices)
+    assert History(tmp_path / "log").trials == history.trials
     assert len(history) == trials
     assert all(translator.space.has(trial.candidate) for trial in history)
     assert {trial.budget for trial in history} == set(BUDGETS)

@@ -71,7 +71,10 @@ def test_examples_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
-        ({"operations": ["remove", "glue"]}, [r"operations\[1\]: expected one of remove, select.*found 'glue'"]),
+        (
+            {"operations": ["remove", "glue"]},
+            [r"operations\[1\]: expected one of .*half-layers, stack.*found 'glue'"],
+        ),
         ({"merge": {"methods": ["regmean"]}}, [r"merge.methods\[0\]: expected one of breadcrumbs, .*found 'regmean'"]),
         ({"merge": {"methods": ["ties", "ties"]}}, ["each once; found ties a second time"]),
         ({"merge": {"scale": [1.5, 0.0]}}, [r"merge.scale: expected \[lowest, highest\].*found \[1.5, 0.0\]"]),
@@ -202,6 +205,10 @@ def test_space_by_hand() -> None:
         (
             {"target": {"layers": 6}, "operations": ["select", "concat"]},
             "'concat' is among the operations, and no layer is removed",
+        ),
+        (
+            {"target": {"layers": 6}, "operations": ["select", "half-layers"]},
+            "'half-layers' is among the operations, and no layer is removed",
         ),
         ({"operations": ["remove", "stack"]}, "'stack' is among the operations, and the target is 4 of 6 layers"),
         ({"fusion": {"groups": 2}}, "groups is 2, and the target is 4 of 6 layers"),

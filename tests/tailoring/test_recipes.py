@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from intarsia.building.loaded_model import LoadedModel
+from intarsia.building.materialize import materialize
 from intarsia.data_file import parse_yaml
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.scores import part_scores
@@ -17,11 +19,12 @@ from intarsia.recipe import schema
 from intarsia.recipe.recipe import Concat, LayerRef, Merge, Mix, Op, Select, Variant, identity
 from intarsia.recipe.schema import content_hash, parse_recipe
 from intarsia.recipe.validate import check
-from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, single
+from intarsia.tailoring.candidate import Blend, Candidate, Choice, Join, Keep, Menu, single
 from intarsia.tailoring.engines.evolve import mutate
 from intarsia.tailoring.engines.smac import ConfigurationMap
 from intarsia.tailoring.family import Family
 from intarsia.tailoring.recipes import Translator, load_scores, measure_scores, save_scores
+from intarsia.tailoring.space import Space
 from tests.pruning.conftest import corpus_of
 from tests.tailoring.conftest import MEMBERS, make_translator
 
@@ -124,6 +127,33 @@ def test_a_join_takes_the_most_sensitive_pieces() -> None:
         scores = found.scores[cut.source]["mlp"].tolist()
         assert set(cut.channels) == set(sorted(range(20), key=lambda channel: -scores[channel])[:count])
     assert first.weights == {"attention": 1.0, "mlp": 0.8}
+
+
+@pytest.mark.parametrize("members", [("base", "base"), ("base", "math")])
+def test_a_half_layer_drop_is_the_model_without_those_parts(
+    members: tuple[str, str], pair: Callable[[str], Family], tmp_path: Path
+) -> None:
+    """The attention of layer 1 with the MLP of 3, which may be another member's: to the bit."""
+    family = pair("llama")
+    menu = Menu(members=("base", "math"), select=True, methods=(), grids={})
+    space = Space(depth=6, target=4, menu=menu, half_layers=True)
+    found = Translator(space=space, architecture=family.architecture, variants=family.variants(), scores={})
+    half = Join(first=members[0], second=members[1])
+    recipe = found.recipe(space.arrange((2, 3), {(1, 0): half}))
+    assert recipe.spans == ((0, 1), (1, 4), (4, 5), (5, 6))
+    materialize(recipe, family.checkpoints(), tmp_path / "out")
+    without, other = (AutoModelForCausalLM.from_pretrained(member.model) for member in family.members)
+    layers = without.model.layers
+    if members[1] == "math":
+        layers[3].load_state_dict(other.model.layers[3].state_dict())
+    with torch.no_grad():
+        for silent in (layers[1].mlp.down_proj, layers[2].self_attn.o_proj, layers[2].mlp.down_proj):
+            silent.weight.zero_()
+        layers[3].self_attn.o_proj.weight.zero_()
+        ids = torch.arange(2, 26).reshape(2, 12)
+        built = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert built.dtype == torch.float32
+        assert torch.equal(built(input_ids=ids).logits, without(input_ids=ids).logits)
 
 
 def test_recipes_are_valid_and_each_is_of_one_candidate(translator: Translator) -> None:

@@ -14,7 +14,7 @@ from intarsia.recipe.methods import METHODS as KINDS
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Recipe
 from intarsia.recipe.schema import content_hash
 from intarsia.tailoring import search
-from intarsia.tailoring.candidate import Blend, Keep
+from intarsia.tailoring.candidate import Blend, Join, Keep, single
 from intarsia.tailoring.engine import Start, Task
 from intarsia.tailoring.engines.random import RandomSearch
 from intarsia.tailoring.evaluator import Outcome
@@ -232,6 +232,30 @@ def test_a_ladder_as_a_start() -> None:
     assert from_recipe(joined, space, "come") == [
         Start(candidate=start.candidate, origin=start.origin.replace("sleb", "come")) for start in starts
     ]
+
+
+def test_half_layers_of_a_ladder() -> None:
+    """Where the space has them, and what is removed is all that is between the two halves."""
+    translator = make_translator(half_layers=True)
+    space, half = translator.space, Join(first="base", second="base")
+    candidate = space.arrange((2, 5), {(1, 0): half, (4, 0): half})
+    recipe = translator.recipe(candidate)
+    starts = from_recipe(recipe, space, "sleb")
+    assert starts[0] == Start(candidate=candidate, origin="warm start: sleb")
+    choices = {start.origin.split()[-1]: start.candidate.choices for start in starts}
+    assert choices["math"] == (
+        single("math"),
+        Join(first="math", second="math"),
+        single("math"),
+        Join(first="math", second="math"),
+    )
+    assert [choice for choice in choices["ties"] if isinstance(choice, Join)] == [half, half]
+    # Without half layers it is the layer of the MLP; so it is where that is not the last one removed.
+    (plain, *_) = from_recipe(recipe, make_translator().space, "sleb")
+    assert plain.candidate == space.plain((1, 4))
+    shorter = replace(recipe, layers=(*recipe.layers[:2], recipe.layers[3]))
+    three = make_translator(half_layers=True, target=3)
+    assert from_recipe(shorter, three.space, "evolve")[0].candidate == three.space.arrange((1, 3, 5), {(4, 0): half})
 
 
 def test_where_a_method_takes_more_members_the_base_is_merged_too() -> None:

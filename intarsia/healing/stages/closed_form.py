@@ -11,7 +11,6 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
-    from intarsia.data.corpus import Corpus
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
@@ -55,11 +54,11 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     from intarsia.progress import current
 
     architecture = context.variants[recipe.base].architecture
-    text = _first(context.calibration, settings.tokens)
+    text = context.calibration.first(settings.tokens)
     common: dict[str, Any] = {"memory_budget": context.memory_budget}
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
-    trial = text if len(points) == 1 else _first(text, settings.trial_tokens or int(text.tokens * _TRIAL))
+    trial = text if len(points) == 1 else text.first(settings.trial_tokens or int(text.tokens * _TRIAL))
     # A cheaper fit ranks the starts: one projection of each unchanged layer, at the usual ridge strength.
     trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1], ridges=(USUAL,))
     units = (len(points) > 1) * len(points) * len(trial) / len(text) / 2  # a trial costs half
@@ -82,9 +81,3 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     context.details += fits
     context.facts |= {"tokens": text.tokens, "forwards": forwards}
     return found
-
-
-def _first(text: Corpus, tokens: int) -> Corpus:
-    """The first sequences of a text, at most `tokens` tokens together, and at least one sequence."""
-    number = max(1, tokens // text.seq_len)
-    return text.take(number) if number < len(text) else text

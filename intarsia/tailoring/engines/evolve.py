@@ -135,19 +135,22 @@ def crossover(space: Space, first: Candidate, second: Candidate, rng: Random) ->
 def layer_steps(space: Space, candidate: Candidate, index: int) -> Mapping[str, list[Choice]]:
     """The choices one step away for an output layer, by kind: source, merge, concat, scale."""
     position, choice = candidate.items()[index]
-    joined = space.joined(position, candidate.positions)
+    shares = space.joins(position, candidate.positions)
     if isinstance(choice, Join):
-        return _join_steps(space, choice)
+        return _join_steps(space, choice, shares)
     steps: dict[str, list[Choice]] = {
         "source": _keep_steps(space, choice, "source"),
         "merge": _keep_steps(space, choice, "merge"),
         "scale": [replace(choice, scale=scale) for scale in beside(space.scales, choice.scale)],
     }
-    if joined:
+    if shares:
         plain = choice.mlp is None and choice.attention.method is None and choice.scale == 1.0
         first = choice.attention.members[0] if plain else space.menu.members[0]
-        middle = space.shares[len(space.shares) // 2]
-        steps["concat"] = [Join(first=first, second=second, share=middle) for second in space.menu.singles]
+        middle = space.shares[len(space.shares) // 2 :][:1]
+        usual = [share for share in (*middle, None) if share in shares]
+        steps["concat"] = [
+            Join(first=first, second=second, share=share) for share in usual for second in space.menu.singles
+        ]
     return steps
 
 
@@ -163,7 +166,7 @@ def _keep_steps(space: Space, choice: Keep, kind: str) -> list[Choice]:
     return [replace(choice, attention=first, mlp=None if other == first else other) for first, other in pairs]
 
 
-def _join_steps(space: Space, choice: Join) -> Mapping[str, list[Choice]]:
+def _join_steps(space: Space, choice: Join, shares: Sequence[float | None]) -> Mapping[str, list[Choice]]:
     members = space.menu.singles
     sources: list[Choice] = [
         replace(choice, first=first, second=second)
@@ -171,8 +174,8 @@ def _join_steps(space: Space, choice: Join) -> Mapping[str, list[Choice]]:
         for second in members
         if (first != choice.first) != (second != choice.second)
     ]
-    shares: list[Choice] = [replace(choice, share=share) for share in beside(space.shares, choice.share)]
-    return {"source": sources, "concat": [*shares, single(choice.first)]}
+    near: list[Choice] = [replace(choice, share=share) for share in beside(shares, choice.share)]
+    return {"source": sources, "concat": [*near, single(choice.first)]}
 
 
 def _is_merged(choice: Choice) -> bool:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _KEPT = {"cut": ("kept", "removed"), "stack": ("once", "twice")}
 _YES, _NO = "yes", "no"
+_CONCAT, _HALVES = "concat", "half-layers"
 _ENDLESS = 10**9
 Condition: TypeAlias = tuple[Any, Sequence[str]]
 """A hyperparameter, and the values at which another one is active."""
@@ -80,7 +81,7 @@ class ConfigurationMap:
         for slot, choice in candidate.by_slot().items():
             name = _name(*slot)
             if isinstance(choice, Join):
-                values |= {f"{name}.op": "concat", f"{name}.variant": choice.first}
+                values |= {f"{name}.op": _HALVES if choice.share is None else _CONCAT, f"{name}.variant": choice.first}
                 values |= {f"{name}.second": choice.second, f"{name}.share": choice.share}
                 continue
             values |= {**self._blend_values(name, choice.attention), f"{name}.scale": choice.scale}
@@ -88,7 +89,8 @@ class ConfigurationMap:
                 values[f"{name}.mlp.op"] = "same"
             else:
                 values |= self._blend_values(f"{name}.mlp", choice.mlp)
-        return Configuration(space, values={name: value for name, value in values.items() if name in space})
+        known = {name: value for name, value in values.items() if name in space and value is not None}
+        return Configuration(space, values=known)
 
     def _changed(self, values: Mapping[str, Any]) -> list[int]:
         """The flagged layers; corrected at random, but reproducibly, if they are too many or too few."""
@@ -104,9 +106,9 @@ class ConfigurationMap:
 
     def _choice(self, name: str, values: Mapping[str, Any]) -> Choice:
         op = values.get(f"{name}.op", "select")
-        if op == "concat":
-            first, second = values[f"{name}.variant"], values[f"{name}.second"]
-            return Join(first=first, second=second, share=float(values[f"{name}.share"]))
+        if op in (_CONCAT, _HALVES):
+            share = float(values[f"{name}.share"]) if op == _CONCAT else None
+            return Join(first=values[f"{name}.variant"], second=values[f"{name}.second"], share=share)
         attention = self._blend(name, op, values)
         other = values.get(f"{name}.mlp.op", "same")
         mlp = None if other == "same" else self._blend(f"{name}.mlp", other, values)
@@ -162,13 +164,16 @@ class _Writer:
     def layer(self, name: str, position: int, condition: Condition | None) -> None:
         """Add the choice of one layer."""
         space, singles = self.space, self.space.menu.singles
-        joins = ["concat"] if space.joinable(position) else []
+        runs = range(1, min(space.changes, space.depth - 1 - position) + 1)
+        shares = {share for run in runs for share in space.joins(position, [position + run + 1])}
+        joins = [op for op, possible in ((_CONCAT, shares - {None}), (_HALVES, None in shares)) if possible]
         kept = ["select", *(["merge"] if space.menu.methods else [])]
         op = self.category(f"{name}.op", [*kept, *joins], condition)
         self.blend(name, op, ["select", *joins])
         if joins:
             self.category(f"{name}.second", singles, (op, joins))
-            self.ordinal(f"{name}.share", space.shares, (op, joins))
+        if _CONCAT in joins:
+            self.ordinal(f"{name}.share", space.shares, (op, [_CONCAT]))
         if space.separate:
             mlp = self.category(f"{name}.mlp.op", ["same", *kept], (op, kept))
             self.blend(f"{name}.mlp", mlp, ["select"])
