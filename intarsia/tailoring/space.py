@@ -1,9 +1,9 @@
 """The search space: its candidates, their number, and their neighbours.
 
-Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
-twice is one too. A kept layer whose follower is removed may be joined with it, or take the MLP of the last layer that
-is removed after it. Everything else about a layer is chosen from the menu. Where the space has groups (layer-wise
-fusion at full depth), the layers of a group share a choice.
+The removed layers are encoded as a subset of the base's layers, never as a sequence of indices; so are the layers that
+occur twice in a stack. A kept layer may be joined with a removed one after it, or take the MLP of the last layer
+removed after it. Everything else about a layer is chosen from the menu. In a space with groups (layer-wise fusion at
+full depth), the layers of a group share a choice.
 """
 
 from __future__ import annotations
