@@ -330,8 +330,8 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
         model.measure()
     assert model.batches.size == 2
     assert progress.said == [
-        "cpu is out of memory: 3 sequences at a time from now on, not 6",
-        "cpu is out of memory: 2 sequences at a time from now on, not 3",
+        "cpu is out of memory: continuing with 3 sequences at a time, not 6",
+        "cpu is out of memory: continuing with 2 sequences at a time, not 3",
     ]
     torch.testing.assert_close(model.losses_N, wanted.losses_N)
     for found, expected in zip(model.measures, wanted.measures, strict=True):
@@ -342,7 +342,7 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
     with reporting_to(progress):
         fit_on(recipe, resident, corpus, batch_tokens=1000)
-    assert progress.said[-1] == "cpu is out of memory: 2 sequences at a time from now on, not 3"
+    assert progress.said[-1] == "cpu is out of memory: continuing with 2 sequences at a time, not 3"
 
 
 def test_one_sequence_that_is_too_much_is_the_end(small_device: OutOfMemory, resident_of: InMemory) -> None:

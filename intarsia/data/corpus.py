@@ -202,11 +202,7 @@ def _token_stream(
     # in batches.
     while (batch := list(islice(given, 1 if count == 0 else 256))) and (enough is None or size < enough):
         if count == 0 and isinstance(batch[0], Conversation):
-            form = (
-                "the model's chat template"
-                if template
-                else "names of the speakers, because the model has no chat template"
-            )
+            form = "the model's chat template" if template else "speakers' names, without a chat template"
             current().say(f"{description}: conversations (column {batch[0].columns}), formatted with {form}")
         texts = [
             each if isinstance(each, str) else render(each, tokenizer) if template else each.plain() for each in batch

@@ -128,9 +128,7 @@ def test_without_a_template_speakers_are_named_and_it_is_said(tmp_path: Path) ->
     with reporting_to(Said()):
         corpus = tokenize(documents(spec), tokenizer, tokens=48, seq_len=48, shuffle=False, description="talks")
     assert tokenizer.decode(corpus.input_ids[0]).startswith("User: Hi\n\nAssistant: Yes</s>User: Hi\n\n")
-    assert said == [
-        "talks: conversations (column messages), written with names of the speakers: the model has no chat template"
-    ]
+    assert said == ["talks: conversations (column messages), formatted with speakers' names, without a chat template"]
     with reporting_to(Said()):
         tokenize(
             documents(spec), families.make_tokenizer(chat=True), tokens=48, seq_len=48, shuffle=False, description="b"

@@ -157,7 +157,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
     assert read("a.txt", "one\ntwo\n") == ["one", "two"]
     with pytest.raises(UserError, match=r"Prompt 2 of .*a\.txt has \d+ tokens and an answer up to 5.*60 positions"):
         read("a.txt", f"one\n{'two ' * 60}\n")
-    with pytest.raises(UserError, match="no message is the user's"):
+    with pytest.raises(UserError, match="there is no user message"):
         read("d.jsonl", json.dumps({"messages": talk[1:2]}) + "\n")
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"^Prompt 1 of .*a\.txt: the model's chat template refuses .* \(no\)\."):

@@ -169,7 +169,7 @@ def test_index(folder: Path) -> None:
     file.write_text(before)
     shutil.copyfile(folder / index["weight_map"]["model.norm.weight"], folder / "stray.safetensors")
     resum(folder)
-    expected = "expected only files that model.safetensors.index.json names; found stray.safetensors"
+    expected = "expected only files in model.safetensors.index.json; found stray.safetensors"
     assert failed(folder) == {"index and shards": f"{folder}: {expected}"}
 
 
@@ -282,7 +282,7 @@ def test_cache_that_changes_what_is_written(folder: Path, monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forgetful)
-    assert "expected the tokens written without a cache" in failed(folder, load=True)["generates"]
+    assert "expected the tokens generated without a cache" in failed(folder, load=True)["generates"]
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
