@@ -248,7 +248,7 @@ def test_a_local_folder_through_datasets(hub_folder: str) -> None:
     [
         ("train:text", "a column 'text'; found the columns body, n"),
         ("train:n", "text in column 'n'; found a int"),
-        ("dev:body", "a data set that can be read; found ValueError.*or pass a local text file"),
+        ("dev:body", "a readable data set; found ValueError.*or give a local text file"),
     ],
 )
 def test_a_local_folder_that_does_not_fit(hub_folder: str, tail: str, message: str) -> None:
@@ -272,6 +272,6 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        UserError, match=r"hub:org/name:train:text: expected a data set.*pass a local text file, or `self`"
+        UserError, match=r"hub:org/name:train:text: expected a readable data set.*give a local text file, or `self`"
     ):
         list(documents("hub:org/name:train:text"))

@@ -187,7 +187,7 @@ def test_dtype(folder: Path) -> None:
     assert "dtype" not in failed(folder)  # transformers loads all of them in the config's
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    assert "dtype: expected float32, as the embedding has; found float16" in failed(folder)["dtype"]
+    assert "dtype: expected float32, the embedding's; found float16" in failed(folder)["dtype"]
 
 
 def test_nan(folder: Path) -> None:
@@ -244,7 +244,7 @@ def test_tokenizer_that_is_no_tokenizer(model_folder: Folder, tmp_path: Path) ->
     source = Path(shutil.copytree(model_folder("qwen2"), tmp_path / "model"))
     (source / "tokenizer.json").write_text("{}")
     out = built(source, tmp_path / "out")
-    assert "expected a tokenizer that transformers reads" in failed(out)["tokenizer"]
+    assert "expected a tokenizer that transformers can read" in failed(out)["tokenizer"]
 
 
 def test_generation_config(folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_tensors_that_no_parameter_takes(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     resum(folder)
     assert failed(folder, load=True) == {
-        "loads": f"{folder}: expected just the tensors of the model; found unexpected: model.extra.weight"
+        "loads": f"{folder}: expected exactly the tensors of the model; found unexpected: model.extra.weight"
     }
 
 
