@@ -123,9 +123,9 @@ class Pace(Checked):
 
 
 def trainable(op: Op, span: Span) -> bool:
-    """Whether an output layer has something to learn: it stands for several layers, or is no original layer as it was.
+    """Whether an output layer has something to learn: its span is several layers, or it is not an unchanged original.
 
-    A layer that stands for none has nothing to learn from.
+    A layer with an empty span has no target.
     """
     start, stop = span
     return stop - start > 1 or (stop > start and not isinstance(op, Select))
@@ -138,7 +138,7 @@ def changed_layers(recipe: Recipe) -> list[int]:
 
 
 def taught(recipe: Recipe, layers: Layers) -> list[int]:
-    """Output layers that a heal stage changes. One that stands for none of the original has no target."""
+    """Output layers that a heal stage changes. A layer with an empty span has no target."""
     changed = changed_layers(recipe)
     if layers == "after" and changed:
         after = range(changed[0], len(recipe.spans))
