@@ -91,8 +91,14 @@ class Planning:
         """Passes over the calibration text that each part of a compression takes, roughly."""
         writing = 2.5 * (1 + 2 / 8) if self.job.spec.writes else 0.1
         healing = self.heal_passes_at_most(stages)
-        planning = 1.0 + (self.estimate.passes_at_most - 1.0) / 2  # most candidates leave the race early
+        first, others = self._passes()
+        planning = first + others / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
+
+    def _passes(self) -> tuple[float, float]:
+        """Passes over the calibration text: of the original that is measured, and at most of what comes after."""
+        first = self.measured / self.job.spec.length
+        return first, max(0.0, self.estimate.passes_at_most - first)
 
     @contextmanager
     def opened(self, run: RunDir) -> Iterator[Ladder]:
@@ -183,12 +189,14 @@ class Planning:
             return self.result(ladder)
         pin_text(ladder.run, self.job)
         start = self._start(ladder)
-        with progress.current().task("", max(2.0, self.estimate.passes_at_most)) as task:
-            model = self.whole(ladder.run.scratch)
-            task.advance()
+        first, others = self._passes()
+        with progress.current().task("", first + others) as task:
+            with progress.current().task("", 1, units=first):
+                model = self.whole(ladder.run.scratch)
+            task.advance(first)
             before = 0.0 if self._shared is None else model.layer_forwards
             model.become(start.layers, start.fitted)
-            with progress.current().task("", 1, units=self.estimate.passes_at_most - 1):
+            with progress.current().task("", 1, units=others):
                 stopped = prune(self.planner, model, start, self.target, ladder, spent=before)
         if stopped is not None:
             progress.current().say(f"stopped at {model.depth} layers: {stopped}")
