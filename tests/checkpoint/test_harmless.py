@@ -190,7 +190,7 @@ def test_a_token_beyond_the_embedding_in_a_task(where: str, folder: Path, text_f
     for words in (["eval", folder], ["compress", folder, "-o", tmp_path / "out", *small]):
         done = invoke(*words, "--tasks", tmp_path / "quiz.jsonl")
         assert done.exit_code == 2, done.output
-        assert f"token '<new{last}>' with id {last}, and the embedding has {rows} rows" in done.stderr
+        assert f"token '<new{last}>' with id {last}, but the embedding has {rows} rows" in done.stderr
         assert not (tmp_path / "out").exists()
         done = invoke("eval", folder, "--tasks", tmp_path / "quiz.jsonl", "--limit", 1)
         assert done.exit_code == 0, done.output
@@ -199,7 +199,7 @@ def test_a_token_beyond_the_embedding_in_a_task(where: str, folder: Path, text_f
 def test_a_token_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:
     tokenizer, last, rows = with_more_tokens(folder)
     text = f"roti <new{last}> " * 99
-    message = f"holds the token '<new{last}>' with id {last}, and the embedding has {rows} rows"
+    message = f"holds the token '<new{last}>' with id {last}, but the embedding has {rows} rows"
     with pytest.raises(UserError, match=message):
         tokenize([text], limited(tokenizer, rows), tokens=64, seq_len=8, shuffle=False, description="t.txt")
     assert len(tokenize(["roti " * 99], limited(tokenizer, rows), tokens=64, seq_len=8, shuffle=False)) == 8
@@ -301,7 +301,7 @@ def test_other_names_of_the_depth(name: str, folder: Path) -> None:
     set_json(folder / "config.json", **{name: 6})
     assert json.loads((build(folder) / "config.json").read_text())[name] == 3
     set_json(folder / "config.json", **{name: 7})
-    with pytest.raises(UserError, match="6 layers, as num_hidden_layers says; found 7"):
+    with pytest.raises(UserError, match="6 layers, like num_hidden_layers; found 7"):
         Checkpoint.open(folder, model="m")
 
 

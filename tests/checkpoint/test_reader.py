@@ -147,7 +147,7 @@ def test_file_that_shrinks_after_opening(model: Make) -> None:
     last = list(found.headers)[-1]
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(UserError, match="shorter"):
+    with pytest.raises(UserError, match="has shrunk"):
         found.tensor(last)
 
 
@@ -172,7 +172,7 @@ def test_no_folder(tmp_path: Path) -> None:
     ("name", "found"),
     [
         ("pytorch_model.bin", "pickled weights.*save_pretrained"),
-        ("m.Q4.gguf", "GGUF.*Name the file itself: .*m.Q4.gguf"),
+        ("m.Q4.gguf", "GGUF.*Give the file itself: .*m.Q4.gguf"),
         ("consolidated.safetensors", "but consolidated.safetensors"),
         (None, "no weights"),
     ],
@@ -341,7 +341,7 @@ def test_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(UserError, match="a readable file"):
         read_headers(tmp_path / "model.safetensors")
 
 

@@ -169,7 +169,7 @@ def test_overwrite_deletes_only_models(tmp_path: Path, monkeypatch: pytest.Monke
     (out / "inside").mkdir()
     for here in (out, out / "inside"):
         monkeypatch.chdir(here)
-        with pytest.raises(UserError, match="working in"):
+        with pytest.raises(UserError, match="working directory"):
             check_out(out, overwrite=True)
 
 
