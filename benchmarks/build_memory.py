@@ -60,7 +60,7 @@ def build(folder: Path, out: Path, depth: int) -> None:
 
     from intarsia.architecture.detect import detect
     from intarsia.architecture.spec import Part
-    from intarsia.commands.recipes import build_recipe
+    from intarsia.commands.build import build_recipe
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.recipe.algebra import concat_of
     from intarsia.recipe.recipe import Variant, identity

@@ -14,62 +14,39 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from intarsia.activations.hidden_store import HiddenStore
-from intarsia.activations.stream import LayerStream
+from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.building.loaded_model import LoadedModel, default_device
 from intarsia.checkpoint.resolve import open_checkpoint
-from intarsia.healing.layerwise import LayerTask, train_layer, trained_names
+from intarsia.healing.layerwise import LayerTraining, Work
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.training import Standing, Text
+from intarsia.progress import Task
+from intarsia.recipe.recipe import Variant, identity
 
 _LAYER = 14
 _WARM_UP = 3
 
 
-def task_of(resident: LoadedModel, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTask:
-    """Training of a layer from random hidden states toward the output of it and the next; a batch is held out."""
+def training_of(resident: LoadedModel, settings: LayerwiseSettings, *, steps: int, seq_len: int) -> LayerTraining:
+    """Training of a layer toward the output of the next one, which is dropped; a batch is held out."""
+    whole = identity(Variant(name="base", model="demo"), resident.architecture.n_layers)
+    recipe = whole.with_layers([*whole.layers[: _LAYER + 1], *whole.layers[_LAYER + 2 :]])
     batch = settings.batch_tokens // seq_len
-    store = HiddenStore((batch * (steps + 1), seq_len, resident.architecture.width), resident.model.dtype)
-    stream = LayerStream(resident.model, resident.architecture)
-    with torch.no_grad():
-        call, following = stream.calls(torch.zeros(batch, seq_len, dtype=torch.int64), None)[_LAYER : _LAYER + 2]
-        for start in range(0, store.shape[0], batch):
-            h_BTD = torch.randn(batch, seq_len, resident.architecture.width, dtype=store.dtype).to(resident.device)
-            store.put(0, start, h_BTD)
-            h_BTD = stream.run(resident.layers[_LAYER], h_BTD, call)
-            store.put(1, start, stream.run(resident.layers[_LAYER + 1], h_BTD, following))
-    cpu = torch.device("cpu")
-    return LayerTask(
-        index=_LAYER,
-        module=resident.fresh(_LAYER, dict(resident.layers[_LAYER].named_parameters())),
-        inputs=partial(store.rows, 0, device=cpu),
-        targets=partial(store.rows, 1, device=cpu),
-        text=Text(
-            ids_NT=torch.zeros(store.shape[:2], dtype=torch.int64),
-            mask_NT=None,
-            train=store.shape[0] - batch,
-            sha256="",
-        ),
-        calls={batch: call},
-        names=trained_names(list(resident.architecture.layer_shapes()), ()),
-        settings=settings,
-        folder=None,
-        device=resident.device,
-    )
+    ids_NT = torch.randint(resident.architecture.vocabulary, (batch * (steps + 1), seq_len))
+    text = Text(ids_NT=ids_NT, mask_NT=None, train=batch * steps, sha256="")
+    work = Work(recipe, resident, resident, text, settings, None, MemoryBudget())
+    work.reach(_LAYER, {}, Task())
+    return LayerTraining(work, _LAYER)
 
 
-def bare_pass(task: LayerTask) -> Callable[[], None]:
+def bare_pass(training: LayerTraining) -> Callable[[], None]:
     """A forward and backward pass of the layer alone, on one batch that is where it is needed."""
-    device = task.device
-    module = copy.deepcopy(task.module).to(device).requires_grad_(True)
-    dtype = next(module.parameters()).dtype
-    (size,) = task.calls
-    call = task.calls[size].on(device, dtype)
-    h_BTD = task.inputs(range(size)).to(device)
+    module = copy.deepcopy(training.module).requires_grad_(True)
+    size = training.schedule.batch
+    call, h_BTD = training.calls[size], training.inputs(range(size)).to(training.device)
     gradient_BTD = torch.randn_like(h_BTD)
 
     def run() -> None:
@@ -80,12 +57,12 @@ def bare_pass(task: LayerTask) -> Callable[[], None]:
     return run
 
 
-def measure(task: LayerTask) -> tuple[list[float], list[float]]:
+def measure(training: LayerTraining) -> tuple[list[float], list[float]]:
     """Seconds of every step of the training, and of the bare pass after each."""
     steps: list[float] = []
     bare: list[float] = []
-    run = bare_pass(task)
-    synchronise = torch.cuda.synchronize if task.device.type == "cuda" else lambda: None
+    run = bare_pass(training)
+    synchronise = torch.cuda.synchronize if training.device.type == "cuda" else lambda: None
     started = 0.0
 
     def after_step(standing: Standing, loss: float) -> None:
@@ -99,7 +76,7 @@ def measure(task: LayerTask) -> tuple[list[float], list[float]]:
         bare.append(started - ended)
 
     started = time.perf_counter()
-    train_layer(task, after_step)
+    training.run(after_step)
     return steps[_WARM_UP:], bare[_WARM_UP:]
 
 
@@ -119,7 +96,7 @@ def main() -> None:
         torch.manual_seed(0)
         resident = LoadedModel(checkpoint, device=device, dtype=dtype)
         settings = LayerwiseSettings(batch_tokens=given.batch_tokens, evaluations=1)
-        steps, bare = measure(task_of(resident, settings, steps=given.steps, seq_len=given.seq_len))
+        steps, bare = measure(training_of(resident, settings, steps=given.steps, seq_len=given.seq_len))
         median = statistics.median(steps), statistics.median(bare)
         name = str(dtype).removeprefix("torch.")
         share = median[1] / median[0]

@@ -78,7 +78,7 @@ def patched(context: HealContext, recipe: Recipe) -> PreTrainedModel:
     rotation_DD = hadamard(size) / math.sqrt(size)
     ratios, context.facts["forwards"] = magnitude_ratios(context, recipe, rotation_DD)
     model = assembled(recipe, context.resident)
-    layers = model.get_submodule(context.resident.architecture.family.layers_module)
+    layers = model.get_submodule(context.resident.architecture.family.modules.layers)
     assert isinstance(layers, nn.ModuleList)
     for index, scales_D in ratios.items():
         patch_DD = (rotation_DD * scales_D) @ rotation_DD.T

@@ -77,7 +77,6 @@ class Chosen:
 
     @property
     def name(self) -> str:
-        """The entry's name."""
         return self.entry.name
 
     @property
@@ -93,7 +92,6 @@ class Chosen:
         return self.entry.object(*arguments, *([] if self.settings is None else [self.settings]))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for a run folder."""
         return {"name": self.name, **({} if self.settings is None else plain(self.settings))}
 
 
@@ -146,7 +144,6 @@ class Kind:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every known name."""
         return tuple(entry.name for entry in self)
 
     def __contains__(self, name: object) -> bool:
@@ -252,7 +249,7 @@ Engine: TypeAlias = Annotated[Any, engines]
 
 
 def planner(name: str, *, settings: type | None = None, paper: str = "") -> Callable[[T], T]:
-    """Register a planner: a subclass of `intarsia.pruning.step.Planner`. `paper` is its arXiv number."""
+    """Register a planner: a class with `decide(model, target, history)`. `paper` is its number at arXiv."""
     return planners.register(name, settings, paper=paper)
 
 

@@ -28,7 +28,7 @@ from intarsia.building.loaded_model import LoadedModel, twin
 from intarsia.building.materialize import assembled, materialize
 from intarsia.building.slicing import positions
 from intarsia.checkpoint.reader import Checkpoint
-from intarsia.errors import UserError
+from intarsia.errors import UserError, in_words
 from intarsia.inspection.small import small_config
 from intarsia.inspection.structure import config_of, on_meta, problem_of, removals
 from intarsia.progress import current, quiet_transformers
@@ -51,7 +51,6 @@ class Trial:
 
     @classmethod
     def of(cls, resident: LoadedModel) -> Trial:
-        """Random tokens for a model."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(2, resident.architecture.vocabulary, (_SEQUENCES, _TOKENS), generator=generator)
         lengths = torch.tensor([_TOKENS, _TOKENS // 2, 2])[:, None]
@@ -62,7 +61,6 @@ class Trial:
 
     @property
     def architecture(self) -> Architecture:
-        """The small model's architecture."""
         return self.resident.architecture
 
     def through(self, layer: int, module: nn.Module) -> Tensor:
@@ -146,11 +144,19 @@ def built(trial: Trial, ops: Sequence[Op], folder: Path) -> dict[str, float]:
     if all(isinstance(op, Select) for op in ops):
         h_BTD = trial.run(kept, trial.stream.enter(trial.ids_BT, None))
         found["removal"] = difference(logits, trial.stream.logits(h_BTD, trial.ids_BT, None))
+    settings = {"max_new_tokens": _WRITTEN, "min_new_tokens": _WRITTEN, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (loaded.generate(trial.ids_BT[:1, :9], use_cache=use, **settings) for use in (True, False))
     return {
         **found,
         "logits": difference(logits, assembled(recipe, trial.resident)(trial.ids_BT).logits),
-        "generation": _generation(loaded, trial.ids_BT[:1, :9]),
-        "config": float(len(list(_wrong_lists(loaded, trial.architecture, kept)))),
+        "generation": float((cached != plain).float().mean()),
+        # Per-layer lists of the loaded config that do not say what the layers were.
+        "config": float(
+            sum(
+                list(getattr(loaded.config, name)) != [values[layer] for layer in kept]
+                for name, values in trial.architecture.per_layer.items()
+            )
+        ),
     }
 
 
@@ -256,20 +262,6 @@ def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:
         ),
         norm="fold",
     )
-
-
-def _generation(model: Any, ids_BT: Tensor) -> float:
-    """Share of tokens that differ with and without the cache."""
-    settings = {"max_new_tokens": _WRITTEN, "min_new_tokens": _WRITTEN, "do_sample": False, "pad_token_id": 0}
-    cached, plain = (model.generate(ids_BT, use_cache=use, **settings) for use in (True, False))
-    return float((cached != plain).float().mean())
-
-
-def _wrong_lists(model: nn.Module, architecture: Architecture, sources: Sequence[int]) -> Iterator[str]:
-    """Per-layer lists of a loaded config that do not match the layers."""
-    for name, values in architecture.per_layer.items():
-        if list(getattr(model.config, name)) != [values[layer] for layer in sources]:
-            yield name
 
 
 def _alone(trial: Trial, part: Part, module: nn.Module) -> nn.Module:
@@ -418,8 +410,7 @@ def _compared(check: str, note: str, error: float, *, approximated: bool = False
 
 
 def _broken(check: str, error: Exception) -> CheckRow:
-    words = " ".join(str(error).split())[:300]
-    return CheckRow(check=check, result="failed", error=None, note=f"{type(error).__name__}: {words}")
+    return CheckRow(check=check, result="failed", error=None, note=in_words(error))
 
 
 def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
@@ -441,9 +432,8 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(made)
     except Exception as error:
         # Config classes fail in different ways, by family and version.
-        words = " ".join(str(error).split())[:300]
         raise UserError(
-            f"transformers cannot build a small model of type {model_type}: {type(error).__name__}: {words}.",
+            f"transformers cannot build a small model of type {model_type}: {in_words(error)}.",
             "Set interdependent fields in the family file's table [tiny].",
         ) from error
     assert isinstance(model, PreTrainedModel)

@@ -45,7 +45,6 @@ class MemoryBudget:
         return True
 
     def give(self, nbytes: int) -> None:
-        """Give bytes back."""
         self._left += nbytes
 
 
@@ -130,12 +129,8 @@ class HiddenStore:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         *,
-        memory_budget: MemoryBudget | None = None,
+        memory_budget: MemoryBudget | None = None,  # shared with other stores; None for one of its own
     ) -> None:
-        """
-        Args:
-            memory_budget: possibly shared with other stores; None for a new one.
-        """
         self.shape = shape
         self.dtype = dtype
         self.memory_budget = memory_budget or MemoryBudget()
@@ -192,7 +187,6 @@ class HiddenStore:
             self.drop(depth)
 
     def drop(self, depth: int) -> None:
-        """Free one depth."""
         self._free(self._buffers.pop(depth, None))
 
     def close(self) -> None:
@@ -224,10 +218,7 @@ class HiddenStore:
             if self.memory_budget.take(self.depth_bytes):
                 self._buffers[depth] = torch.empty(self.shape, dtype=self.dtype)
             else:
-                self._buffers[depth] = Spilled(self._path(depth), self.shape, self.dtype)
+                self._folder = self._folder or tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.memory_budget.folder)
+                path = Path(self._folder.name) / f"depth-{depth}.bin"
+                self._buffers[depth] = Spilled(path, self.shape, self.dtype)
         return self._buffers[depth]
-
-    def _path(self, depth: int) -> Path:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.memory_budget.folder)
-        return Path(self._folder.name) / f"depth-{depth}.bin"

@@ -80,7 +80,6 @@ class Loop:
 
     @property
     def corpus(self) -> Corpus:
-        """The text."""
         return self.batches.corpus
 
     @property

@@ -64,7 +64,6 @@ class State:
 
     @property
     def size(self) -> int:
-        """Total number of columns."""
         return self.width * self.streams + 2 * sum(columns for columns, _ in self.shared.values())
 
     def packed(self, hidden: Tensor, shared: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -169,7 +169,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
     # Some OPT sizes embed at a width of their own and project to the model's.
     embedding_width = architecture.config.get(architecture.family.fields.get("embedding_width", ""), architecture.width)
     expected: dict[str, tuple[int, ...]] = {
-        f"{architecture.family.embedding_module}.weight": (architecture.vocabulary, embedding_width)
+        f"{architecture.family.modules.embedding}.weight": (architecture.vocabulary, embedding_width)
     }
     for layer in range(architecture.n_layers):
         for local, shape in architecture.layer_shapes().items():
@@ -185,7 +185,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
         if tuple(shapes.get(name, ())) != tuple(shape)
     ]
     known = set(architecture.layer_shapes())
-    prefix = f"{architecture.family.layers_module}."
+    prefix = f"{architecture.family.modules.layers}."
 
     def covered(rest: str) -> bool:
         index, _, local = rest.partition(".")
@@ -209,7 +209,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
 
 def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse tensors whose common prefix is not the family's."""
-    embedding = f"{architecture.family.embedding_module}.weight"
+    embedding = f"{architecture.family.modules.embedding}.weight"
     if embedding in shapes:
         return
     prefix, _, bare = embedding.partition(".")
@@ -229,7 +229,7 @@ def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...
 
 def _check_depth(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse a config with another number of layers than the files hold."""
-    prefix = f"{architecture.family.layers_module}."
+    prefix = f"{architecture.family.modules.layers}."
     local = architecture.layer_shapes()
     split = (name.removeprefix(prefix).partition(".") for name in shapes if name.startswith(prefix))
     found = {int(index) for index, _, name in split if index.isdigit() and name in local}

@@ -190,23 +190,7 @@ class Family(Strict):
 
     @property
     def name(self) -> str:
-        """The file's name."""
         return self._name
-
-    @property
-    def layers_module(self) -> str:
-        """The module that holds the layers, in files."""
-        return self.modules.layers
-
-    @property
-    def embedding_module(self) -> str:
-        """The embedding's module, in files."""
-        return self.modules.embedding
-
-    @property
-    def head_module(self) -> str:
-        """The head's module, in files."""
-        return self.modules.head
 
     @property
     def head_in_memory(self) -> str:
@@ -252,7 +236,6 @@ class Rules(Strict):
 
     @property
     def names(self) -> set[str]:
-        """All named fields."""
         return {*self.follow, *self.written_out, *self.others}
 
 

@@ -147,19 +147,19 @@ class Architecture:
     @property
     def layers_in_memory(self) -> str:
         """The module in memory that holds the layers."""
-        return self.inspected.layers_module if self.inspected else self.family.layers_module
+        return self.inspected.layers_module if self.inspected else self.family.modules.layers
 
     @property
     def embedding_in_memory(self) -> str:
         """The embedding's module in memory."""
-        return self.inspected.embedding_module if self.inspected else self.family.embedding_module
+        return self.inspected.embedding_module if self.inspected else self.family.modules.embedding
 
     def in_memory(self, name: str) -> str:
         """The name in memory of a tensor outside the layers."""
         if self.inspected is not None:
             return self.inspected.outside.get(name, name)
-        if name.startswith(f"{self.family.head_module}."):
-            return self.family.head_in_memory + name.removeprefix(self.family.head_module)
+        if name.startswith(f"{self.family.modules.head}."):
+            return self.family.head_in_memory + name.removeprefix(self.family.modules.head)
         return name
 
     @property
@@ -183,11 +183,6 @@ class Architecture:
     def n_pieces(self, part: Part) -> int:
         """Pieces of a part: KV groups of attention, channels of the MLP or experts of a mixture."""
         return self.n_kv_heads if part == "attention" else self.n_experts or self.n_channels
-
-    @property
-    def n_mlp_pieces(self) -> int:
-        """Pieces of the MLP: its channels, or the experts of a mixture."""
-        return self.n_pieces("mlp")
 
     def is_mixture(self, part: Part) -> bool:
         """Whether the pieces of a part are experts."""
@@ -234,7 +229,6 @@ class Architecture:
         return (size, self.width) if linear.side == "reads" else (self.width, size)
 
     def norm_shape(self, norm: Norm) -> tuple[int, ...]:
-        """Shape of a norm's weight."""
         if norm.place != "inside":
             return (self.width,)
         if norm.rows is None:
@@ -262,7 +256,7 @@ class Architecture:
 
     def tensor_name(self, layer: int, local: str) -> str:
         """Full name in a checkpoint of a layer's tensor."""
-        return f"{self.family.layers_module}.{layer}.{local}"
+        return f"{self.family.modules.layers}.{layer}.{local}"
 
     @property
     def layer_parameters(self) -> int:

@@ -37,7 +37,7 @@ from intarsia.checkpoint import files
 from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import let_go
-from intarsia.errors import Problem, Problems, UserError
+from intarsia.errors import Problem, Problems, UserError, in_words
 from intarsia.progress import quiet_transformers
 from intarsia.recipe.recipe import Fitted, LayerRef, Op, Recipe, Select
 
@@ -56,9 +56,8 @@ def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
     except Exception as error:  # the type of error differs between classes
         if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
         raise UserError(
-            f"transformers {version('transformers')} cannot load {checkpoint.folder}: {reason}.",
+            f"transformers {version('transformers')} does not load {checkpoint.folder}: {in_words(error)}.",
             "Correct its config.json, or use the version of transformers it was made for.",
         ) from error
 
@@ -168,7 +167,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.headers[f"{checkpoint.architecture.family.embedding_module}.weight"].dtype
+    return checkpoint.headers[f"{checkpoint.architecture.family.modules.embedding}.weight"].dtype
 
 
 class LoadedModel:
@@ -265,7 +264,11 @@ class LoadedModel:
 
     def _made(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
         """A layer's parameters as in a built folder: fitted tensors are rounded to the dtype of the files."""
-        tensors = layer_tensors(op, self.architecture, self._read)
+
+        def read(ref: LayerRef, local: str) -> Tensor:
+            return self.others.get(ref.variant, self.checkpoint).layer_tensor(ref.layer, local)
+
+        tensors = layer_tensors(op, self.architecture, read)
         tensors |= {name: torch.from_numpy(array).to(tensors[name].dtype) for name, array in fitted.items()}
         return to_parameters(tensors, self.architecture)
 
@@ -285,9 +288,6 @@ class LoadedModel:
             let_go(array)
         give_back()  # release temporary memory
         return values
-
-    def _read(self, ref: LayerRef, local: str) -> Tensor:
-        return self.others.get(ref.variant, self.checkpoint).layer_tensor(ref.layer, local)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -325,27 +325,21 @@ class RecipeLayers:
 
     Attributes:
         ops: the op of each layer.
-        fitted: the fitted tensors of each layer, or None.
+        fitted: the tensors that replace each layer's own, or None.
         modules: the layers' modules.
     """
 
     def __init__(self, resident: LoadedModel, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
-        """
-        Args:
-            fitted: tensors that replace layers' own, by layer.
-        """
         self.resident = resident
         self.architecture = resident.architecture
         self.become(ops, fitted)
 
     @classmethod
     def of(cls, recipe: Recipe, resident: LoadedModel) -> RecipeLayers:
-        """The layers of a recipe."""
         return RecipeLayers(resident, recipe.layers, recipe.fitted)
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
         return len(self.ops)
 
     def placed(self, start: int = 0, stop: int | None = None) -> list[Placed]:

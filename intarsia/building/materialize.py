@@ -161,24 +161,22 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
                     setattr(part, name, index)
         layers.append(layer)
     model.set_submodule(resident.architecture.layers_in_memory, layers)
-    _slice_tables(model, recipe, resident)
-    _configure(model, _config(recipe, resident))
-    return model.eval()
-
-
-def _slice_tables(model: PreTrainedModel, recipe: Recipe, resident: LoadedModel) -> None:
-    """Slice tensors outside the layers with a part for each layer to the remaining layers."""
     kept = [op.sources[0].layer for op in recipe.layers]
     for name in resident.architecture.inspected.tables if resident.architecture.inspected else ():
         memory = resident.architecture.in_memory(name)
-        own = model.get_parameter(memory)
-        set_parameter(model, memory, outside_tensor(resident.checkpoint, name, kept).to(own))
+        set_parameter(model, memory, outside_tensor(resident.checkpoint, name, kept).to(model.get_parameter(memory)))
+    config = _config(kept, resident)
+    every: Iterator[Any] = model.modules()
+    for part in every:  # all read the one config, as after loading
+        if isinstance(getattr(part, "config", None), PreTrainedConfig):
+            part.config = config
+    return model.eval()
 
 
-def _config(recipe: Recipe, resident: LoadedModel) -> PreTrainedConfig:
+def _config(kept: Sequence[int], resident: LoadedModel) -> PreTrainedConfig:
     """The config of the built folder, with the resident model's settings from loading."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
-        values = shallower_config(resident.checkpoint, [op.sources[0].layer for op in recipe.layers])
+        values = shallower_config(resident.checkpoint, kept)
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     assert isinstance(config, PreTrainedConfig)
@@ -188,11 +186,3 @@ def _config(recipe: Recipe, resident: LoadedModel) -> PreTrainedConfig:
     if hasattr(resident.model.config, "_experts_implementation"):
         config._experts_implementation = resident.model.config._experts_implementation
     return config
-
-
-def _configure(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Give every module the same config, as after loading."""
-    parts: Iterator[Any] = model.modules()
-    for part in parts:
-        if isinstance(getattr(part, "config", None), PreTrainedConfig):
-            part.config = config

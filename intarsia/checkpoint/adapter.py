@@ -184,8 +184,8 @@ class Merged:
     def __init__(self, file: Path, base: Checkpoint) -> None:
         self.base = base
         self._where = f"{file} on {base.model}"
-        self._embedding = f"{base.architecture.family.embedding_module}.weight"
-        self._head = f"{base.architecture.family.head_module}.weight"
+        self._embedding = f"{base.architecture.family.modules.embedding}.weight"
+        self._head = f"{base.architecture.family.modules.head}.weight"
         stored = {header.name: header.shape for header in read_headers(file)}
         self._rows = self._vocabulary(stored)
         self._model = self._with_adapter(file.parent)
@@ -327,7 +327,7 @@ class _Modules(nn.Module):
         super().__init__()
         family, tied = base.architecture.family, base.architecture.tied
         self.config = {"model_type": base.config.get("model_type"), "tie_word_embeddings": tied}
-        self._embedding, self._head = family.embedding_module, family.head_module
+        self._embedding, self._head = family.modules.embedding, family.modules.head
         # weights first, because they determine the kind of module
         for name in sorted(base.headers, key=lambda name: not name.endswith(".weight")):
             owner, _, leaf = name.rpartition(".")

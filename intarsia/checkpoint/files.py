@@ -62,12 +62,10 @@ class TensorPlan:
 
     @property
     def numel(self) -> int:
-        """Entries of the tensor."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its entries."""
         return self.numel * self.dtype.itemsize
 
 

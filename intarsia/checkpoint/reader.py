@@ -155,12 +155,12 @@ class Checkpoint:
 
     def outside_names(self) -> list[str]:
         """Names of tensors outside the layers: embeddings, final norm, and the head unless it is the embedding."""
-        prefix = f"{self.architecture.family.layers_module}."
+        prefix = f"{self.architecture.family.modules.layers}."
         return [name for name in self.headers if not name.startswith(prefix) and name != self._tied_head]
 
     def further_names(self, depth: int) -> dict[str, str]:
         """Tensors of layers after the last one, which predict further tokens, with their names for a new `depth`."""
-        prefix, found = f"{self.architecture.family.layers_module}.", {}
+        prefix, found = f"{self.architecture.family.modules.layers}.", {}
         for name in self.headers:
             index, _, local = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and index.isdigit() and int(index) >= self.architecture.n_layers:
@@ -170,7 +170,7 @@ class Checkpoint:
     @property
     def _tied_head(self) -> str | None:
         """A copy of the embedding, if the files hold one."""
-        return f"{self.architecture.family.head_module}.weight" if self.architecture.tied else None
+        return f"{self.architecture.family.modules.head}.weight" if self.architecture.tied else None
 
     @property
     def parameters(self) -> int:
@@ -237,8 +237,8 @@ def architecture_of(
 
 def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader], where: str) -> None:
     """Refuse a missing head that is not tied; a stock loader would initialise it at random."""
-    head = headers.get(f"{architecture.family.head_module}.weight")
-    embedding = headers.get(f"{architecture.family.embedding_module}.weight")
+    head = headers.get(f"{architecture.family.modules.head}.weight")
+    embedding = headers.get(f"{architecture.family.modules.embedding}.weight")
     if embedding is None or (head is None and architecture.tied) or (head and head.shape == embedding.shape):
         return
     fault = (
@@ -247,7 +247,7 @@ def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader],
         else "is missing, but the config does not tie it to the embedding"
     )
     raise UserError(
-        f"{where}: {architecture.family.head_module}.weight {fault}.",
+        f"{where}: {architecture.family.modules.head}.weight {fault}.",
         "Config and weights do not match; download the checkpoint again.",
     )
 
@@ -255,7 +255,7 @@ def _check_head(architecture: Architecture, headers: Mapping[str, TensorHeader],
 def _same_head(checkpoint: Checkpoint) -> bool:
     """Whether a head that the config ties to the embedding is a copy of it, or missing."""
     family = checkpoint.architecture.family
-    names = [f"{module}.weight" for module in (family.head_module, family.embedding_module)]
+    names = [f"{module}.weight" for module in (family.modules.head, family.modules.embedding)]
     if names[0] not in checkpoint.headers:
         return True
     head, embedding = (checkpoint.tensor(name) for name in names)
@@ -271,7 +271,7 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
     Runtimes treat such a head differently if the config ties it, so all outputs untie it.
     """
     architecture = checkpoint.architecture
-    field, head = architecture.family.fields["tied"], f"{architecture.family.head_module}.weight"
+    field, head = architecture.family.fields["tied"], f"{architecture.family.modules.head}.weight"
     current().say(f"{head} differs from the embedding, so it is used, and {field} is false in the output")
     changed = _with_config(checkpoint, {field: False})
     return replace(changed, architecture=replace(changed.architecture, tied=False), untied=True)
@@ -280,7 +280,7 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
 def _with_stored_dtype(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the stored dtype of its embedding in its config, which decides the dtype of loading."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    name = f"{checkpoint.architecture.family.embedding_module}.weight"
+    name = f"{checkpoint.architecture.family.modules.embedding}.weight"
     stored = str(checkpoint.headers[name].dtype).removeprefix("torch.")
     if named is None or str(named).removeprefix("torch.") == stored:
         return checkpoint

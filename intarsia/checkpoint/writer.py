@@ -128,7 +128,6 @@ class CheckpointWriter:
         self._done += 1
 
     def close(self) -> None:
-        """Close the current file."""
         if self._file is not None:
             self._file.close()
             self._file = None

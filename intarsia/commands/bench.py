@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from intarsia.commands.job import Job
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.results import Speed
-    from intarsia.evaluation.speed import Drafting, Footprint
+    from intarsia.evaluation.speed import Drafting
 
 _SHARE_OF_FREE = 0.8
 _PROMPTS = 8  # for a draft
@@ -115,7 +115,8 @@ def bench(
     if not together and len(jobs) > 1:
         current().say("the models do not fit into memory together, so each is measured on its own")
 
-    measured: dict[tuple[str, int, int], tuple[Speed, Footprint, int]] = {}
+    # By model and setting: its speed, the bytes of its cache, those of everything beside the weights, and theirs.
+    measured: dict[tuple[str, int, int], tuple[Speed, int, int, int]] = {}
     for names in [list(jobs)] if together else [[name] for name in jobs]:
         loaded = {name: load_model(jobs[name].checkpoint, device=device, dtype=dtype) for name in names}
         for rows, length in settings:
@@ -123,7 +124,7 @@ def bench(
             speeds = compare_speed(loaded, repeats=repeats, **sizes)
             for name, model in loaded.items():
                 weights = sum(parameter.nbytes for parameter in model.parameters())
-                measured[name, rows, length] = (speeds[name], footprint(model, **sizes), weights)
+                measured[name, rows, length] = (speeds[name], *footprint(model, **sizes), weights)
         del loaded
 
     speed = next(iter(measured.values()))[0]
@@ -170,7 +171,7 @@ def _drafting(job: Job, draft: Job, asked: Asked) -> Drafting:
 def _rows(
     jobs: Mapping[str, Job],
     settings: Sequence[tuple[int, int]],
-    measured: Mapping[tuple[str, int, int], tuple[Speed, Footprint, int]],
+    measured: Mapping[tuple[str, int, int], tuple[Speed, int, int, int]],
 ) -> Iterable[BenchRow]:
     import torch
 
@@ -179,7 +180,7 @@ def _rows(
     first = next(iter(jobs))
     for (rows, length), (name, job) in itertools.product(settings, jobs.items()):
         architecture = job.checkpoint.architecture
-        speed, taken, weights = measured[name, rows, length]
+        speed, cache, working, weights = measured[name, rows, length]
         other = measured[first, rows, length][0]
         itemsize = getattr(torch, speed.dtype).itemsize
         tokens = length + speed.new_tokens - 1  # the last token is generated, but not read
@@ -195,10 +196,10 @@ def _rows(
             decode_ratio=speed.decode_tokens_per_s / other.decode_tokens_per_s,
             first_token_seconds=speed.time_to_first_token_s,
             weights_bytes=weights,
-            cache_bytes=taken.cache_bytes,
+            cache_bytes=cache,
             cache_predicted_bytes=kv_cache_bytes(architecture, batch=rows, tokens=tokens, itemsize=itemsize),
-            working_bytes=taken.working_bytes,
-            peak_bytes=weights + taken.working_bytes,
+            working_bytes=working,
+            peak_bytes=weights + working,
         )
 
 

@@ -119,7 +119,6 @@ class CompareResult(Result):
     peak_memory_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         data = super().to_dict()
         if self.rows is None:
             return {name: data[name] for name in ("model", "out", "estimate", "seconds")}

@@ -126,7 +126,6 @@ class Ladders:
         return found.recipe, found.path, facts
 
     def close(self) -> None:
-        """Free the hidden states."""
         for each in (self._current, self._original):
             if each is not None:
                 each.close()
@@ -218,7 +217,6 @@ class Rows:
         return row is not None and row.weights_sha256 == job.sha256 and self._is_whole(row)
 
     def add(self, row: Row) -> None:
-        """Record a row."""
         self._keep(row)
         progress.current().say(row.line)
 
@@ -233,11 +231,9 @@ class Rows:
         self.rows[row.key] = row
 
     def dense(self) -> Row:
-        """The row of the original."""
         return self._with_measures(_whole(DENSE, self.job), self._model(None), self.job.model, dense=None)
 
     def existing(self, name: str, job: Job) -> Row:
-        """The row of an existing model."""
         row = replace(_whole(name, job), weights_sha256=job.sha256)
         return self._doubted(self._with_measures(row, load_whole(job), name, dense=self.rows[self.dense_key]))
 

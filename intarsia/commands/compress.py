@@ -93,10 +93,10 @@ def compress(
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of, open_checkpoint
+    from intarsia.commands.build import build_recipe
     from intarsia.commands.job import Job
     from intarsia.commands.measures import Evaluation, measured, report_model
     from intarsia.commands.planning import Planning, heal_recipe
-    from intarsia.commands.recipes import build_recipe
     from intarsia.commands.report import REPORT
     from intarsia.disk import check_no_input, check_out, write_whole
     from intarsia.evaluation.agreement import doubt

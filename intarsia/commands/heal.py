@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
+from intarsia.disk import require_room
 from intarsia.errors import check
 from intarsia.flags import Flag, Result, flag
 from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from intarsia.data.corpus import Corpus
     from intarsia.recipe.recipe import Recipe
 
+BLEND, _UNCUT = "the same blend with no layer removed", "uncut"
+"""The teacher of a recipe over several models, and its folder in the run folder."""
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
 """Hold out one sequence in 16, up to 16,384 tokens, so that measuring stays cheaper than training."""
 
@@ -123,16 +130,15 @@ def heal(
         UserError: the input cannot be used.
     """
     from intarsia.checkpoint.resolve import inputs_of
+    from intarsia.commands.build import build_recipe, read_recipe
     from intarsia.commands.job import keep_written
     from intarsia.commands.measures import measured_stages, report_model
-    from intarsia.commands.recipes import build_recipe, read_recipe
     from intarsia.commands.report import REPORT
     from intarsia.disk import check_no_input, check_out
     from intarsia.evaluation.agreement import Asked
     from intarsia.evaluation.perplexity import eval_corpus
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import training
-    from intarsia.healing.blend import forget
     from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
     from intarsia.recipe import schema
 
@@ -140,7 +146,7 @@ def heal(
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
     main, run = training.rank() == 0, RunDir(out.run_path)
 
-    # Input: everything that can be wrong is found before any work.
+    # Input: find every problem before any work.
     chosen = heal_stages.choose_all(stages)
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
@@ -220,7 +226,7 @@ def heal(
         if main:
             built = build_recipe(final, out.path, overwrite=out.overwrite, max_shard_bytes=out.shard_bytes)
             report_model(final, subject.base, built, measured, held_out)
-            forget(run.path)
+            forget_blend(run.path)
         wait()
     first, last = healed.stages[0].quality["errors"], healed.stages[-1].quality["errors"]
     result = HealResult(
@@ -262,8 +268,8 @@ class Subject:
         """
         from intarsia.activations.architecture_checks import verified
         from intarsia.checkpoint.resolve import open_checkpoint
+        from intarsia.commands.build import open_variants
         from intarsia.commands.job import Placement, check_seq_len, check_streamed_text, load_tokenizer
-        from intarsia.commands.recipes import open_variants
         from intarsia.healing import training
         from intarsia.healing.teacher import check_teacher
 
@@ -283,8 +289,6 @@ class Subject:
     @property
     def teacher_name(self) -> str:
         """The teacher's name for log and report."""
-        from intarsia.healing.blend import BLEND
-
         return BLEND if self._blended and self.teacher is None else (self.teacher or self.base).model
 
     @cached_property
@@ -297,8 +301,6 @@ class Subject:
     @cached_property
     def sha256(self) -> str:
         """The identity of the default teacher."""
-        from intarsia.healing.blend import blend_sha256
-
         return blend_sha256(self.recipe, self._members) if self._blended else self._members[self.recipe.base]
 
     def facts(self) -> dict[str, Any]:
@@ -317,8 +319,6 @@ class Subject:
     @cached_property
     def over_its_teacher(self) -> tuple[Recipe, Mapping[str, Checkpoint]]:
         """The recipe over its default teacher; for several models that is their blend, in the run folder."""
-        from intarsia.healing.blend import over_its_blend
-
         if not self._blended:
             return self.recipe, self.variants
         return over_its_blend(self.recipe, self.variants, self._run)
@@ -352,7 +352,7 @@ class Subject:
         fits = bool(self.recipe.fitted) and all(said.get(name) == value for name, value in same.items())
         seen = int(said.get("tokens", 0)) if fits else 0
         if seen > train.tokens:
-            current().say(f"{seen} tokens of this text were fitted on before: later ones are held out")
+            current().say(f"{seen} tokens of this text were used for fitting before; later ones are held out")
             # A longer draw has the same sequences first.
             longer = self._draw(seen + len(held_out) * seq_len)
             held_out = longer.split(1.0 - len(held_out) / len(longer))[1]
@@ -365,3 +365,77 @@ class Subject:
         parts = draw(text, self.tokenizer, writer=lambda: self.resident.model, writer_key=self.sha256)
         corpus, self.written = parts.calibration, self.written or parts.written
         return corpus
+
+
+def blend_of(recipe: Recipe) -> Recipe:
+    """The recipe with no layer removed."""
+    from intarsia.recipe.algebra import reference_layers
+    from intarsia.recipe.recipe import derive_spans
+
+    layers = reference_layers(recipe)
+    return replace(recipe, layers=layers, spans=derive_spans(layers, recipe.depth), fitted={}, provenance={})
+
+
+def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
+    """The blend's identity, known before it is built; `members` are the weight hashes of all variants."""
+    from intarsia.recipe import schema
+    from intarsia.recipe.recipe import Variant
+
+    plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
+    facts = [schema.content_hash(blend_of(plain)), sorted(members.items())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def over_its_blend(
+    recipe: Recipe, variants: Mapping[str, Checkpoint], run: Path
+) -> tuple[Recipe, dict[str, Checkpoint]]:
+    """The same model as a recipe over its blend, and all checkpoints of that.
+
+    Healed toward one of its members, a blend would lose what it has from the others. So the same blend with all of its
+    layers takes the base's place: unpruned layers become plain selections from it, and the stages work as with one
+    model. The tensors they fit then belong to the recipe over the members.
+
+    Args:
+        variants: the opened members.
+        run: a run folder with this recipe and these members; the blend is written to `uncut/` there, unless an
+            earlier call did so.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from intarsia.building.materialize import materialize
+    from intarsia.checkpoint.hashing import scan
+    from intarsia.checkpoint.reader import Checkpoint
+    from intarsia.recipe.recipe import LayerRef, Op, Select, Variant
+
+    blended = blend_of(recipe)
+    folder, layers = run / _UNCUT, blended.layers
+    if not folder.exists():
+        require_room(run, variants[recipe.base].nbytes, f"the teacher, {BLEND}", option="--run")
+        current().say(f"made of several models; the teacher is {BLEND}")
+        materialize(blended, variants, folder)
+    blend = Checkpoint.open(folder, model=str(folder))
+    name = _UNCUT
+    while name in variants:
+        name += "_"
+
+    def over(op: Op) -> Op:
+        at = op.sources[0].layer
+        return Select(source=LayerRef(variant=name, layer=at)) if op == layers[at] else op
+
+    made = replace(
+        recipe,
+        variants=(Variant(name=name, model=str(folder), sha256=scan(blend)), *recipe.variants),
+        base=name,
+        layers=tuple(over(op) for op in recipe.layers),
+    )
+    return made, {name: blend, **variants}
+
+
+def forget_blend(run: Path) -> None:
+    """Delete the blend once it is no longer needed. A kill leaves an incomplete one, which does not count."""
+    folder, leaving = run / _UNCUT, run / f".{_UNCUT}"
+    if folder.exists():
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.replace(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)

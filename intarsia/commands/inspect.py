@@ -11,11 +11,10 @@ from intarsia.errors import UserError
 from intarsia.flags import Flag
 from intarsia.model_name import check_model
 from intarsia.pruning.ladder import Ladder
-from intarsia.pruning.step import mlp_pieces, of_experts
+from intarsia.pruning.step import mlp_pieces, of_experts, step_words
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, format_ranges
 from intarsia.reporting.comparison import SETTINGS as COMPARISON
-from intarsia.reporting.plan_report import step_words
 from intarsia.reporting.puzzle import made_of
 from intarsia.tailoring.run import FACTS as SEARCH
 
@@ -34,7 +33,6 @@ class Inspection:
     facts: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         return {"source": self.source, "kind": self.kind, **self.facts}
 
     def summary(self) -> dict[str, Any]:

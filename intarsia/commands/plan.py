@@ -41,7 +41,6 @@ class PlanResult(Result):
     estimate: Estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         data = super().to_dict()
         data["ladder"] = [
             {"layers": depth, "calibration_loss": loss} for depth, loss in zip(self.depths, self.losses, strict=True)

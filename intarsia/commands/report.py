@@ -116,8 +116,8 @@ def _side_by_side(
     """The original's answers and the model's, one model in memory at a time."""
     from intarsia.building.loaded_model import load_model
     from intarsia.checkpoint.resolve import open_checkpoint
+    from intarsia.commands.build import open_variants
     from intarsia.commands.job import load_tokenizer
-    from intarsia.commands.recipes import open_variants
     from intarsia.evaluation.answers import Prompts, greedy_answers, side_by_side
     from intarsia.reporting.model_report import parted
 

@@ -136,7 +136,9 @@ class Columns:
         question = _value(record, self.question, where)
         if self.answer is None and not _is_messages(question):
             return _text(question or None, where, self.question)
-        messages = [*_system(record, where), *self._turns(question, record, where, self.question, "user")]
+        messages = self._turns(question, record, where, self.question, "user")
+        if isinstance(system := record.get("system"), str) and system.strip():
+            messages = [{"role": "system", "content": _valid(system, where)}, *messages]
         if self.answer is not None:
             answer = self._turns(_value(record, self.answer, where), record, where, self.answer, "assistant")
             if not any(message["content"].strip() or "tool_calls" in message for message in answer):
@@ -201,11 +203,6 @@ def _valid(text: str, where: str) -> str:
     except UnicodeEncodeError:  # JSON allows half of a surrogate pair, which no tokenizer accepts
         raise row_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Correct this record.") from None
     return text
-
-
-def _system(record: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
-    text = record.get("system")
-    return [{"role": "system", "content": _valid(text, where)}] if isinstance(text, str) and text.strip() else []
 
 
 def _tools(given: Any, where: str) -> tuple[Any, ...] | None:

@@ -68,6 +68,8 @@ _HEAD = 4096
 Document: TypeAlias = str | Conversation
 Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
 """Rows of a data set, each with its place for errors."""
+_MOST_READ = 16 * 1024 * 1024  # bytes of one source that are tokenised (a few seconds), unless more is needed
+_BYTES_A_TOKEN = 32  # generous
 _BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
 _LONGEST_LINE = 64 * 1024  # bytes of running text to search for a line end
 _HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or give a local text file, or `self`."
@@ -80,11 +82,6 @@ def kind_of(path: Path) -> Kind | None:
         suffix, compressed = Path(path.stem).suffix.lower(), True
     kind = _KINDS.get(suffix)
     return None if compressed and kind == "parquet" else kind
-
-
-def remedy_for(path: Path) -> str:
-    """The hint for a file of another kind."""
-    return _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}.")
 
 
 def files_in(folder: Path) -> tuple[list[Path], int]:
@@ -211,7 +208,7 @@ def parse(spec: str) -> Source:
     kind: Kind | None = "folder" if name and path.is_dir() else kind_of(path)
     if kind is None:
         found = f"the suffix {path.suffix!r}" if path.suffix else repr(spec)
-        raise row_error(spec, ACCEPTED, found, remedy_for(path))
+        raise row_error(spec, ACCEPTED, found, _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}."))
     if not path.exists():
         raise row_error(spec, "an existing file", "none", "Check the path.")
     share, column = (0.0, 1.0), None
@@ -429,6 +426,11 @@ READERS: Mapping[Kind, Reader] = {
     "folder": _read_folder,
     "hub": lambda source, limit, seed: _documents_of(source, _hub_rows(source, seed), limit=limit),
 }
+
+
+def bytes_for(tokens: int) -> int:
+    """How many bytes of a source are read for that many tokens, at most: enough, also where tokens are long."""
+    return max(_MOST_READ, _BYTES_A_TOKEN * tokens)
 
 
 def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[Document]:

@@ -13,13 +13,11 @@ from torch import Tensor
 from intarsia import progress
 from intarsia.data.corpus import Corpus, tokenize
 from intarsia.data.self_text import self_corpus
-from intarsia.data.sources import documents
+from intarsia.data.sources import bytes_for, documents
 from intarsia.errors import check
 from intarsia.options import TextSpec
 
 SELF = "self"
-_MOST_READ = 16 * 1024 * 1024  # bytes of one source to tokenise (a few seconds), unless more are needed
-_BYTES_A_TOKEN = 32  # generous: enough text for the wanted tokens, even if tokens are long
 _SHARE = 8  # selection and test have 1/8 of the calibration's size each
 
 
@@ -135,7 +133,7 @@ def draw(
             return _Source(most, write=lambda: self_corpus(writer, tokenizer, cache_key=writer_key, **size))
         tokens = most * text.seq_len
         corpus = tokenize(
-            documents(name, limit_bytes=max(_MOST_READ, _BYTES_A_TOKEN * tokens), seed=text.seed),
+            documents(name, limit_bytes=bytes_for(tokens), seed=text.seed),
             tokenizer,
             tokens=tokens,
             seq_len=text.seq_len,

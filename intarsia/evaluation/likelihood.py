@@ -128,7 +128,6 @@ class _Tree:
 
     @property
     def width(self) -> int:
-        """Number of tokens in the row."""
         return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.branches)
 
 

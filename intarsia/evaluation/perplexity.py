@@ -21,15 +21,12 @@ from intarsia.activations.stream import LayerStream
 from intarsia.building.loaded_model import LoadedModel, RecipeLayers
 from intarsia.building.materialize import assembled
 from intarsia.data.corpus import Corpus, tokenize
-from intarsia.data.sources import documents
+from intarsia.data.sources import bytes_for, documents
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Perplexity
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
-
-_MOST_READ = 16 * 1024 * 1024
-_BYTES_A_TOKEN = 32
 
 
 class Chain(nn.Module):
@@ -105,9 +102,8 @@ def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int |
     Raises:
         UserError: the source cannot be used, or is shorter than one window.
     """
-    limit = None if windows is None else max(_MOST_READ, _BYTES_A_TOKEN * windows * seq_len)
     return tokenize(
-        documents(spec, limit_bytes=limit),
+        documents(spec, limit_bytes=None if windows is None else bytes_for(windows * seq_len)),
         tokenizer,
         tokens=seq_len * (2**40 if windows is None else windows),
         seq_len=seq_len,

@@ -154,7 +154,6 @@ class TaskScore:
 
     @property
     def value(self) -> float:
-        """The primary metric's value."""
         return self.metrics[self.primary].value
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,7 +220,6 @@ class TaskResults:
         return math.fsum(score.value for score in self.scores) / len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
         return asdict(self) | {"mean": self.mean, "scores": [score.to_dict() for score in self.scores]}
 
     @classmethod

@@ -122,16 +122,7 @@ def compare_speed(
         new_tokens: tokens to generate after each prompt; the first comes from the prefill and does not count for
             decoding.
         repeats: measured rounds after one warm-up round.
-
-    Raises:
-        UserError: a size is too small.
     """
-    if min(batch, prompt_len, repeats) < 1 or new_tokens < 2:
-        raise UserError(
-            f"Speed cannot be measured with batch {batch}, prompt_len {prompt_len}, repeats {repeats} and new_tokens "
-            f"{new_tokens}.",
-            "Give at least 1 each, and at least 2 new tokens.",
-        )
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with ExitStack() as modes, current().task("speed", total=(repeats + 1) * len(models)) as task:
         for model in models.values():
@@ -161,21 +152,15 @@ def compare_speed(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Footprint:
-    """Memory of generation without the weights, in bytes: `cache_bytes` for keys and values at the end, `working_bytes`
-    for the peak of everything (including the cache)."""
+def footprint(model: torch.nn.Module, *, batch: int, prompt_len: int, new_tokens: int) -> tuple[int, int]:
+    """Bytes that writing takes beside the weights: of keys and values at its end, and of everything at its worst.
 
-    cache_bytes: int
-    working_bytes: int
-
-
-def footprint(model: torch.nn.Module, *, batch: int, prompt_len: int, new_tokens: int) -> Footprint:
-    """Measure a model's memory without its weights; run it once before, so that all weights have been read."""
+    Run the model once before, so that all weights have been read.
+    """
     with growth(_weight(model).device) as grown:
         cache = _write(model.eval(), batch, prompt_len, new_tokens, lambda: None)
         held = cache_bytes(cache)
-    return Footprint(cache_bytes=held, working_bytes=grown.bytes)
+    return held, grown.bytes
 
 
 def _round(model: Any, batch: int, prompt_len: int, new_tokens: int) -> tuple[float, float]:

@@ -144,7 +144,6 @@ class Task:
 
     @property
     def leaves(self) -> tuple[Any, ...]:
-        """The single tasks in it."""
         return tuple(self.found["tasks"].values())
 
 

@@ -237,7 +237,6 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its entries."""
         entries = prod(self.shape)
         return entries // _BLOCK * (_BLOCK + 2) if self.kind == "Q8_0" else entries * {"F32": 4}.get(self.kind, 2)
 
@@ -264,7 +263,6 @@ class GgufPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
         return sum(-(-tensor.nbytes // _PADDING) * _PADDING for tensor in self.tensors)
 
 

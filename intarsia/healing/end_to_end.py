@@ -135,7 +135,7 @@ class WholeTraining:
         )
         needed = depths or (settings.logits and self.top_k is None)
         self.teacher = teacher.load() if needed else None
-        embedding = f"{architecture.family.embedding_module}.weight"
+        embedding = f"{architecture.family.modules.embedding}.weight"
         stored = Checkpoint.open(student, model=str(student)).headers[embedding].dtype
         distiller = Distiller(
             model,

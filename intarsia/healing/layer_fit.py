@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.activations.loop import Loop, Read
-from intarsia.activations.statistics import writer_of
+from intarsia.activations.statistics import require_finite, writer_of
 from intarsia.architecture.spec import Architecture, Part
 from intarsia.building.layer import tensor_names
 from intarsia.building.loaded_model import Placed
 from intarsia.checkpoint.files import give_back
 from intarsia.healing.losses import token_weights
-from intarsia.healing.ridge import Fit, Gram, choose, require_finite
+from intarsia.healing.ridge import Fit, Gram, choose
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.schema import spooled
 
@@ -75,7 +75,6 @@ class PostNorm:
 
     @property
     def weight(self) -> Tensor:
-        """The norm's own weight."""
         weight = self.norm.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -116,7 +115,7 @@ def fit_norm(norm: PostNorm, passes: Passes, ridges: Sequence[float], *, where: 
             squares[part] += float((weight_N1 * r_ND.square()).sum())
             tokens[part] += int((weight_N1 > 0).sum())
     (xx_D, xr_D), (held_xx_D, held_xr_D) = sums
-    require_finite(sum(squares) + float(xr_D.sum() + held_xr_D.sum()), where)
+    require_finite((xr_D + held_xr_D).sum() + sum(squares), where)  # no comparison with NaN holds
     before = squares[1] / max(tokens[1], 1)
     best, kept = Fit(change_DC=None, ridge=None, error_before=before, error_after=before), None
     scale = float(xx_D.mean())
@@ -159,7 +158,7 @@ def fit_weight(
             weights[ridge] = (own_DC.float() + inverse_D[:, None] * change_DC).to(own_DC.dtype)
     del gram  # held-out tokens are run now
     before, after_K = _held_out_errors(norm, own_DC, list(weights.values()), passes)
-    require_finite(before, where)
+    require_finite(torch.tensor(before), where)
     best, kept = Fit(change_DC=None, ridge=None, error_before=before, error_after=before), None
     for (ridge, weight_DC), after in zip(weights.items(), after_K, strict=True):
         if math.isfinite(after) and after < best.error_after:

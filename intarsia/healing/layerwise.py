@@ -20,7 +20,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -46,33 +46,8 @@ from intarsia.healing.training import Standing, Text, load_state, save_state, sc
 from intarsia.progress import Task, current
 from intarsia.recipe.recipe import Fitted, Recipe
 
-Rows: TypeAlias = Callable[[Sequence[int]], Tensor]
-"""Gives the hidden states of some sequences, `[B, T, D]`: a copy."""
-
 AfterStep: TypeAlias = Callable[[Standing, float], None]
 """Called after every step with the state of the training and the loss of the step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTask:
-    """Everything that the training of one layer needs."""
-
-    # Which output layer.
-    index: int
-    # Trained in place.
-    module: nn.Module
-    # H^start and H^stop.
-    inputs: Rows
-    targets: Rows
-    text: Text
-    # The layer's arguments, by the number of sequences in a batch.
-    calls: Mapping[int, LayerCall]
-    # The layer's tensors that are trained.
-    names: tuple[str, ...]
-    settings: LayerwiseSettings
-    # Where state is kept; None keeps none.
-    folder: Path | None
-    device: torch.device
 
 
 class Trained(NamedTuple):
@@ -80,15 +55,6 @@ class Trained(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     report: dict[str, Any]
-
-
-def train_layer(task: LayerTask, after_step: AfterStep | None = None) -> Trained:
-    """Train one layer, or continue where a killed run saved its state."""
-    found = _Training(task).run(after_step)
-    if task.folder is not None:
-        save_state(_state_path(task.folder, task.index, "done"), found.tensors, found.report)
-        _state_path(task.folder, task.index, "state").unlink(missing_ok=True)
-    return found
 
 
 def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, ...]:
@@ -110,28 +76,36 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
     return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
 
 
-class _Training:
-    def __init__(self, task: LayerTask) -> None:
-        self.task, self.settings = task, task.settings
-        self.module = task.module.to(task.device).eval().requires_grad_(False)
+class LayerTraining:
+    """The training of one layer that was reached, or the rest of it where a killed run saved its state."""
+
+    def __init__(self, work: Work, index: int) -> None:
+        self.index, self.text, self.settings, self.folder = index, work.text, work.settings, work.folder
+        self.device = work.resident.device
+        module, calls = work.layer(index)
+        self.module = module.to(self.device).eval().requires_grad_(False)
         parameters = dict(self.module.named_parameters())
-        self.dtype = parameters[task.names[0]].dtype
-        self.master = {name: nn.Parameter(parameters[name].detach().float()) for name in task.names}
-        self.calls = {size: call.on(task.device, self.dtype) for size, call in task.calls.items()}
+        names = [name for name in work.names if name in parameters]
+        self.dtype = parameters[names[0]].dtype
+        self.master = {name: nn.Parameter(parameters[name].detach().float()) for name in names}
+        self.calls = {size: call.on(self.device, self.dtype) for size, call in calls.items()}
+        (start, stop), states, cpu = work.recipe.spans[index], work.teacher.store, torch.device("cpu")
+        rows = partial(work.student.rows, 0) if self.settings.inputs == "student" else partial(states.rows, start)
+        # The hidden states of some sequences before the layer, and those that it should give.
+        self.inputs, self.targets = partial(rows, device=cpu), partial(states.rows, stop, device=cpu)
         self.optimiser = torch.optim.AdamW(
             self.master.values(), lr=self.settings.peak, betas=(0.9, 0.95), weight_decay=self.settings.weight_decay
         )
-        self.schedule = schedule_of(self.settings, sequences=task.text.train, seq_len=task.text.seq_len)
+        self.schedule = work.schedule
         self.best: dict[str, Tensor] = {}
-        found = None if task.folder is None else load_state(_state_path(task.folder, task.index, "state"))
-        # Ignore a state in an earlier format, in which Adam's tensors have other names.
-        if found is None or any(name.count(".") != 2 for name in found[0] if name.startswith("adam.")):
-            self.standing = Standing.start(self._held_out_loss(), f"layerwise training of output layer {task.index}")
+        found = None if self.folder is None else load_state(_state_path(self.folder, index, "state"))
+        if found is None:
+            self.standing = Standing.start(self._held_out_loss(), f"layerwise training of output layer {index}")
         else:
             self.standing = Standing(**found[1])
             self._restore(found[0])
 
-    def run(self, after_step: AfterStep | None) -> Trained:
+    def run(self, after_step: AfterStep) -> Trained:
         standing, schedule = self.standing, self.schedule
         started = time.perf_counter() - standing.seconds
         while standing.next < schedule.steps and standing.stopped is None:
@@ -141,37 +115,39 @@ class _Training:
                 standing.failed(loss)
                 break
             standing.next += 1
-            if after_step is not None:
-                after_step(standing, loss)
+            after_step(standing, loss)
             if schedule.is_measured_after(standing.next - 1):
                 if standing.measured(self._held_out_loss(), schedule):
                     # On the CPU this would otherwise be the parameter itself.
                     self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.master.items()}
                 standing.seconds = time.perf_counter() - started
                 self._save()
-        report = standing.report(schedule.batch * self.task.text.seq_len)
-        return Trained(tensors=self.best, report={"layer": self.task.index, **report})
+        report = {"layer": self.index, **standing.report(schedule.batch * self.text.seq_len)}
+        if self.folder is not None:
+            save_state(_state_path(self.folder, self.index, "done"), self.best, report)
+            _state_path(self.folder, self.index, "state").unlink(missing_ok=True)
+        return Trained(tensors=self.best, report=report)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         """Mean loss of the held-out sequences, all with equal weight."""
-        text, sums = self.task.text, []
+        text, sums = self.text, []
         for start in range(text.train, len(text.ids_NT), self.schedule.batch):
             rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
             sums.append(float(self._loss(rows)) * len(rows))
         return math.fsum(sums) / text.held_out
 
     def _loss(self, rows: Sequence[int]) -> Tensor:
-        task, call, settings = self.task, self.calls[len(rows)], self.settings
-        h_BTD = task.inputs(rows).to(task.device, self.dtype)
-        mask_NT = task.text.mask_NT if task.text.counted_NT is None else task.text.counted_NT
+        call, settings, text = self.calls[len(rows)], self.settings, self.text
+        h_BTD = self.inputs(rows).to(self.device, self.dtype)
+        mask_NT = text.mask_NT if text.counted_NT is None else text.counted_NT
         # The layer computes with the master copy, rounded.
         rounded = {name: tensor.to(self.dtype) for name, tensor in self.master.items()}
         out = torch.func.functional_call(self.module, rounded, (h_BTD, *call.args), dict(call.kwargs))
         return hidden_loss(
-            task.targets(rows).to(task.device),
+            self.targets(rows).to(self.device),
             out[0] if isinstance(out, tuple) else out,
-            None if mask_NT is None else mask_NT[list(rows)].to(task.device),
+            None if mask_NT is None else mask_NT[list(rows)].to(self.device),
             kl=settings.kl,
             mse=settings.mse,
             cosine=settings.cosine,
@@ -193,13 +169,13 @@ class _Training:
         return found
 
     def _save(self) -> None:
-        if self.task.folder is None:
+        if self.folder is None:
             return
         tensors = {f"master.{name}": tensor.detach().cpu() for name, tensor in self.master.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{key}": torch.as_tensor(value).cpu() for key, value in state.items()}
-        save_state(_state_path(self.task.folder, self.task.index, "state"), tensors, asdict(self.standing))
+        save_state(_state_path(self.folder, self.index, "state"), tensors, asdict(self.standing))
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -253,12 +229,12 @@ def train(
             if (done := load_state(_state_path(folder, index, "done"))) is not None:
                 found[index] = Trained(*done)
     todo = [index for index in indices if index not in found]
-    work = _Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
+    work = Work(recipe, resident, teacher or resident, text, settings, folder, MemoryBudget(memory_bytes, folder))
     try:
         with current().task("layerwise training", len(todo) * work.tokens) as task:
             for number, index in enumerate(todo, start=1):
                 work.reach(index, found, task)
-                trained = train_layer(work.task(index), work.shown(task, f"layer {index} ({number} of {len(todo)})"))
+                trained = LayerTraining(work, index).run(work.shown(task, f"layer {index} ({number} of {len(todo)})"))
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
@@ -271,8 +247,8 @@ def train(
     return replace(recipe, fitted=work.fitted(found)), [found[index].report for index in sorted(found)]
 
 
-class _Work:
-    """The inputs and targets of all layers to train, and a task for each."""
+class Work:
+    """The layers to be trained, and the hidden states that they are trained with."""
 
     def __init__(
         self,
@@ -299,7 +275,6 @@ class _Work:
         self.reached: int | None = None
 
     def close(self) -> None:
-        """Free the hidden states."""
         self.teacher.close()
         self.student.close()
 
@@ -335,15 +310,15 @@ class _Work:
             pass
         self.reached = index
 
-    def task(self, index: int) -> LayerTask:
-        """The task of a layer; call `reach` first."""
+    def layer(self, index: int) -> tuple[nn.Module, dict[int, LayerCall]]:
+        """A layer to be trained in place, and its other arguments by the number of sequences in a batch."""
         if self.loop.stream.by_tokens or self.loop.stream.state.size > self.resident.architecture.width:
             raise UserError(
                 "Layers of this model read more than the hidden states before them (the tokens, or keys and values of "
                 "other layers), which layerwise training does not keep.",
                 "Heal with closed-form or end-to-end.",
             )
-        op, (start, stop) = self.recipe.layers[index], self.recipe.spans[index]
+        op = self.recipe.layers[index]
         donor = op.sources[0].layer
         # Always a module of its own: a plain `Select` is the original's module itself.
         with self.resident.awake(self.resident.module(op, self.recipe.fitted.get(index))) as whole:
@@ -352,23 +327,8 @@ class _Work:
             module = module.to(torch.bfloat16)  # gradients overflow in float16
         batch, held_out = self.schedule.batch, self.text.held_out
         sizes = {batch, held_out % batch, min(batch, held_out)} - {0}
-        trained = {name for name, _ in module.named_parameters()}
         with torch.no_grad():
-            calls = {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
-        follows, states = self.settings.inputs == "student", self.teacher.store
-        rows = partial(self.student.rows, 0) if follows else partial(states.rows, start)
-        return LayerTask(
-            index=index,
-            module=module,
-            inputs=partial(rows, device=torch.device("cpu")),
-            targets=partial(states.rows, stop, device=torch.device("cpu")),
-            text=self.text,
-            calls=calls,
-            names=tuple(name for name in self.names if name in trained),
-            settings=self.settings,
-            folder=self.folder,
-            device=self.resident.device,
-        )
+            return module, {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
 
     def shown(self, task: Task, title: str) -> AfterStep:
         """A callback that shows the steps of a layer's training; its first call counts the steps before a restart."""

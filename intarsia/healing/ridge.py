@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intarsia.errors import UserError
+from intarsia.activations.statistics import require_finite
 
 USUAL = 0.3
 """Where the search for a strength starts: most fits of the demo model's layers choose it or a neighbour."""
@@ -94,20 +94,7 @@ class Gram:
             UserError: they are not finite.
         """
         # No product of two features is larger than the square of the larger one; the same holds with residuals.
-        require_finite(self.rr + float(self._xx_CC.diagonal().sum()), where)
-
-
-def require_finite(total: float, where: str) -> None:
-    """Refuse activations whose sum overflowed; comparisons with NaN would silently reject every fit.
-
-    Raises:
-        UserError: the sum is not finite.
-    """
-    if not math.isfinite(total):
-        raise UserError(
-            f"{where}: activations are NaN or infinite.",
-            "The model overflows in this dtype; try --dtype bfloat16 or float32.",
-        )
+        require_finite(self._xx_CC.diagonal().sum() + self.rr, where)
 
 
 @dataclass(frozen=True, kw_only=True)

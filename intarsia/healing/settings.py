@@ -84,21 +84,21 @@ class Pace(Checked):
     batch_tokens: int = 2048
     # Peak of the learning rate; it warms up linearly and then falls along a cosine.
     lr: float | None = None
-    # The last learning rate, as a share of the peak.
+    # Final learning rate, as a share of the peak.
     least_lr: float = 0.05
-    # Share of all steps in which the learning rate rises.
+    # Share of all steps for warm-up of the learning rate.
     warmup: float = 0.05
-    # AdamW's decay of weights.
+    # Weight decay of AdamW.
     weight_decay: float = 0.0
-    # The gradient's norm is clipped to this.
+    # Largest gradient norm; larger gradients are clipped.
     clip: float = 1.0
-    # How often the held-out loss is measured, and state saved, on the way.
+    # Number of times to measure the held-out loss and save the state.
     evaluations: int = 10
-    # Stop after this many measurements without a new best. The first steps often raise the loss (dev/LOG.md).
+    # Stop after N measurements without a new best. The first steps often raise the loss (dev/LOG.md).
     patience: int = 10
     # Seed of everything random.
     seed: int = 0
-    # Tokens that losses count on: `all`, or those that the `assistant` wrote, which takes a chat template.
+    # Tokens that losses count on: `all`, or those of the `assistant`, which needs a chat template.
     loss_on: Literal["all", "assistant"] = "all"
 
     @property
@@ -107,7 +107,6 @@ class Pace(Checked):
         return 1e-3 if self.lr is None else self.lr
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from self.at_least(1, "epochs", "batch_tokens", "evaluations", "patience")
         for name, value in (("lr", self.peak), ("clip", self.clip)):
             yield 0.0 < value < math.inf, (name,), "a number above 0"

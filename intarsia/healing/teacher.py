@@ -77,7 +77,7 @@ class TeacherStates:
     @torch.no_grad()
     def learn(self, depths: Iterable[int]) -> None:
         """Compute depths that are not known yet, in one pass from the deepest known one before them."""
-        known = self._depths()
+        known = {depth for store in self._stores for depth in store.depths()}
         missing = set(depths) - known
         if not missing:
             return
@@ -92,9 +92,9 @@ class TeacherStates:
             *[next(depth for depth in wanted if depth > layer) for layer in range(first, last)],
         ]
         layers = [Placed(self.layers[layer], layer) for layer in range(first, last)]
-        read = partial(self.at, at[0])
+        read, name = partial(self.at, at[0]), "output of layer {} of the original".format
         with current().task("running the original", last - first) as task:
-            for _ in self.loop.through(layers, self.store, read=read, at=at, name=partial(_output_name, first)):
+            for _ in self.loop.through(layers, self.store, read=read, at=at, name=lambda number: name(first + number)):
                 self.cost += 1
                 task.advance()
 
@@ -113,7 +113,6 @@ class TeacherStates:
             self.store.drop(depth)
 
     def close(self) -> None:
-        """Free the stored hidden states."""
         self.store.close()
 
     def __enter__(self) -> TeacherStates:
@@ -121,13 +120,6 @@ class TeacherStates:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _depths(self) -> set[int]:
-        return {depth for store in self._stores for depth in store.depths()}
-
-
-def _output_name(first: int, number: int) -> str:
-    return f"output of layer {first + number} of the original"
 
 
 def fits_in_memory(resident: LoadedModel, batches: Batches, memory_budget: MemoryBudget) -> bool:

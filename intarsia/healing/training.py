@@ -113,7 +113,6 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """All steps."""
         return self.steps_an_epoch * self.pace.epochs
 
     @property
@@ -317,7 +316,6 @@ class Curve:
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, line: Mapping[str, Any]) -> None:
-        """Write a line."""
         if self.settings.log is not None:
             self.accelerator.log(dict(line), step=step)
         if self.accelerator.is_main_process:
@@ -325,7 +323,6 @@ class Curve:
                 file.write(json.dumps({"step": step, **line}) + "\n")
 
     def end(self) -> None:
-        """Close the file."""
         if self.settings.log is not None:
             self.accelerator.end_training()
 

@@ -72,7 +72,7 @@ def estimate(
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters
     after = parameters - (depth - target) * architecture.layer_parameters
-    stored = checkpoint.headers[f"{architecture.family.embedding_module}.weight"].dtype.itemsize
+    stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
     # Shares of the text on which the original and later models are measured. Blocks and healing in the loop keep the
     # original's hidden states beside those of the model.

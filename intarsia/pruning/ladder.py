@@ -50,7 +50,6 @@ class Ladder:
 
     @property
     def path(self) -> Path:
-        """The run folder."""
         return self.run.path
 
     def settings(self) -> dict[str, Any]:

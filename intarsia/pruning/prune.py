@@ -1,17 +1,36 @@
-"""The step loop: take a planner's steps, and record each before the next."""
+"""The step loop: take a planner's steps, and record each before the next.
+
+With `--heal-in-loop`, every layer that is new after a step, or whose span has grown, is fitted in closed form before
+the next step is chosen: its inputs are the hidden states of the healed layers before it, its target the original's
+after its span. If the held-out loss rises, the fit is rejected. Of several finalists each is healed, and the one of
+least held-out loss is taken.
+
+Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. If only a layer's span
+has grown, its fitted tensors are the starting point.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from intarsia import progress
-from intarsia.pruning.heal_in_loop import StepHealer
+import torch
+from torch import Tensor
+
+from intarsia.activations.loop import Path
+from intarsia.building.loaded_model import Tensors, twin
+from intarsia.healing.closed_form import spool_of
+from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
+from intarsia.healing.settings import ClosedFormSettings, trainable
+from intarsia.healing.teacher import TeacherStates
+from intarsia.progress import current
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder, Wanted
-from intarsia.pruning.step import Planner, Step, describe, healed_words, step_line
-from intarsia.recipe.recipe import Recipe
+from intarsia.pruning.step import Planner, Step, describe, mlp_pieces, step_line
+from intarsia.recipe.recipe import Op, Recipe, derive_spans
 from intarsia.recipe.schema import content_hash
 
 
@@ -29,7 +48,7 @@ def prune(
         None, or why the planner stopped before the target.
     """
     healer = None if planner.in_loop is None else StepHealer(model, planner.in_loop)
-    report = progress.current()
+    report = current()
     recipe, first = start, start.depth
     history = [entry["evidence"] for entry in ladder.log()]
     planner.journal = ladder.run.log("search")
@@ -57,24 +76,20 @@ def prune(
             recipe = recipe.with_layers(
                 model.ops, fitted={index: tensors for index, tensors in enumerate(model.fitted) if tensors}
             )
-            loss = model.loss if planner.progressive else None
             history.append(evidence)
-            ladder.append(
-                {
-                    "layers": model.depth,
-                    "merged": [step.start, step.start + step.count],
-                    "op": None if step.op is None else describe(step.op),
-                    "evidence": evidence,
-                    "loss": loss,
-                    "layer_forwards": model.layer_forwards - spent,
-                    "seconds": time.perf_counter() - started,
-                    "recipe": ladder.recipe_path(model.depth).name,
-                    "hash": content_hash(recipe),
-                },
-                recipe,
-            )
-            line = step_line(model.depth, step.start, step.op, loss, mixture=model.architecture.is_mixture("mlp"))
-            report.say(line + healed_words(evidence))
+            entry = {
+                "layers": model.depth,
+                "merged": [step.start, step.start + step.count],
+                "op": None if step.op is None else describe(step.op),
+                "evidence": evidence,
+                "loss": model.loss if planner.progressive else None,
+                "layer_forwards": model.layer_forwards - spent,
+                "seconds": time.perf_counter() - started,
+                "recipe": ladder.recipe_path(model.depth).name,
+                "hash": content_hash(recipe),
+            }
+            ladder.append(entry, recipe)
+            report.say(step_line(entry, mlp_pieces(model.architecture.is_mixture("mlp"))))
             task.advance(before - model.depth)
             started, spent = time.perf_counter(), model.layer_forwards
     return None
@@ -95,3 +110,137 @@ def _take(
     else:
         model.replace(step.start, step.count, step.op, measure=planner.progressive)
     return step, dict(step.evidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A step with its fit, and the summed held-out loss without and with the fit."""
+
+    step: Step
+    fits: list[LayerFit]
+    fitted: Mapping[int, Tensors]
+    before: float
+    after: float
+
+    @property
+    def taken(self) -> bool:
+        return self.after < self.before
+
+
+class StepHealer:
+    """Heals the layers that a step changes."""
+
+    def __init__(self, model: Intermediate, settings: ClosedFormSettings) -> None:
+        self.model = model
+        self.settings = settings
+
+    def take(self, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
+        """Change the model by the step of least held-out loss after healing; the first of equal ones.
+
+        Returns:
+            The step. And as plain data: the fitted output projections, whether the fit is accepted, the held-out loss
+            without and with it, the layer-forwards without those of measuring the model, and for several steps the
+            losses of each.
+        """
+        model, original = self.model, self.model.original()  # kept while the measured model is the whole one
+        spent, tokens = model.layer_forwards, max(int(model.counts_N[self.held_out].sum()), 1)
+        trials: list[_Trial] = []
+        with current().task(f"healing {len(steps)} finalists" if len(steps) > 1 else "healing", len(steps)) as task:
+            for step in steps:
+                trials.append(self._tried(step, original))
+                task.advance()
+        best = min(trials, key=lambda trial: min(trial.before, trial.after))
+        spent = model.layer_forwards - spent
+        first, _ = self.exchange(best.step.start, best.step.count, best.step.op)
+        for index, tensors in best.fitted.items() if best.taken else ():
+            model.fit(index, tensors)
+        model.measure(first)
+        shown = [
+            {
+                "replaced": [trial.step.start, trial.step.start + trial.step.count],
+                "op": None if trial.step.op is None else describe(trial.step.op),
+                "held_out_loss": [trial.before / tokens, trial.after / tokens],
+            }
+            for trial in trials
+        ]
+        return best.step, {
+            "output_projections": [asdict(fit) for fit in best.fits],
+            "taken": best.taken,
+            "held_out_loss": [best.before / tokens, best.after / tokens] if best.fits else None,
+            "layer_forwards": spent,
+            **({"finalists": shown} if len(steps) > 1 else {}),
+        }
+
+    def _tried(self, step: Step, original: TeacherStates) -> _Trial:
+        """Heal and evaluate a step, then restore the model."""
+        model, rows = self.model, self.held_out
+        was = list(model.ops), list(model.fitted), list(model.modules)
+        first, due = self.exchange(step.start, step.count, step.op)
+        before = float(losses_after(model, first, rows).sum())
+        unhealed = {index: model.fitted[index] for index in due}
+        fits: list[LayerFit] = []
+        reached = first
+        for index, depth in due.items():
+            if index > reached:
+                model.measure(reached, index)
+                reached = index
+            fits += self._fit(index, original, depth)
+        fitted = {
+            index: tensors
+            for index in due
+            if (tensors := model.fitted[index]) is not None and tensors is not unhealed[index]
+        }
+        after = float(losses_after(model, first, rows).sum()) if fitted else before
+        model.ops, model.fitted, model.modules = was
+        if reached > first:
+            model.refresh()  # measure the layers before a second fitted layer
+        return _Trial(step=step, fits=fits, fitted=fitted, before=before, after=after)
+
+    @property
+    def held_out(self) -> list[int]:
+        """The sequences excluded from fitting."""
+        return list(range(0, self.model.rows.stop, self.settings.held_out))
+
+    def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
+        """Make the change.
+
+        Returns:
+            The first layer whose output may change, and the layers to heal, each with the depth of its target: the
+            new layer, and one whose span has grown.
+        """
+        model, depth = self.model, self.model.architecture.n_layers
+        known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
+        model.replace(start, count, op, measure=False)
+        due: dict[int, int] = {}
+        for index, layer in enumerate(zip(model.ops, derive_spans(model.ops, depth), strict=True)):
+            put_in = op is not None and index == start
+            if trainable(*layer) and (put_in or layer not in known):
+                due[index] = layer[1][1]
+        return min([start, *due]), due
+
+    @torch.inference_mode()
+    def _fit(self, index: int, original: TeacherStates, depth: int) -> list[LayerFit]:
+        model = self.model
+        with model.resident.awake(model.modules[index]) as awake:
+            module = twin(awake)  # fitting must leave the original model alone
+            text = LayerText(
+                loop=model.loop,
+                inputs=partial(model.hidden_at, index),
+                targets=partial(original.at, depth),
+                source=model.ops[index].sources[0].layer,
+                sequences=model.rows,
+            )
+            parts, spool = self.settings.changed, spool_of(model.resident, model.loop.memory_budget)
+            tensors, fits = fit_layer(module, parts, text, index=index, settings=self.settings, spool=spool)
+        if tensors:
+            model.fit(index, {**(model.fitted[index] or {}), **tensors}, module)
+        return fits
+
+
+def losses_after(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
+    """Summed loss of some sequences with the current layers, from the measured H^start: float64, `[rows]`."""
+
+    def read(part: slice) -> Tensor:
+        return model.hidden.rows(start, rows[part], model.resident.device)
+
+    return next(model.loop.some(rows).losses([Path(layers=model.placed(start), read=read)]))

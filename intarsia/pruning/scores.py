@@ -68,14 +68,15 @@ def sensitivity_map(layers: Iterable[Mapping[Part, Tensor]]) -> dict[str, list[l
     sensitivity (single channels if there are no more than that)."""
     groups, channels = [], []
     for scores in layers:
-        groups.append([_digits(value) for value in scores["attention"].tolist()])
+        groups.append([digits(value) for value in scores["attention"].tolist()])
         sorted_C = scores["mlp"].double().sort().values
         parts = sorted_C.tensor_split(min(BINS, len(sorted_C)))
-        channels.append([_digits(float(part.mean())) for part in parts])
+        channels.append([digits(float(part.mean())) for part in parts])
     return {"kv_groups": groups, "channels": channels}
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
+    """A number in four digits, for a log or a page."""
     return float(f"{value:.4g}")
 
 

@@ -31,11 +31,6 @@ class Step:
     # All layers of the model after the step, if it changes more than one place.
     whole: Sequence[Op] | None = None
 
-    @property
-    def removed(self) -> int:
-        """The number of layers by which the model shrinks."""
-        return self.count - (0 if self.op is None else 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -61,7 +56,6 @@ class PlanSettings(Checked):
     criterion: Criterion = "loss"
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from self.at_least(1, "plan_tokens")
         yield from self.at_least(0, "blocks")
 
@@ -207,30 +201,31 @@ def of_experts(provenance: Mapping[str, Any]) -> bool:
     return provenance.get("mlp_pieces") == mlp_pieces(True)
 
 
-def step_line(depth: int, start: int, op: Op | None, loss: float | None, *, mixture: bool) -> str:
-    """The log line of a step: its depth, place, result and calibration loss.
+def step_words(entry: Mapping[str, Any], mlp: str) -> str:
+    """A logged step in words; `mlp` is the name of the pieces of an MLP."""
+    op = entry["op"]
+    if op is None:
+        return "dropped"
+    if list(op.values()) == ["whole"]:
+        return f"only {next(iter(op)).partition(':')[2]} kept, whole"
+    return "joined from " + " + ".join(
+        f"{name.partition(':')[2] or name}"
+        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
+        for name, part in op.items()
+    )
 
-    Args:
-        mixture: whether the pieces of an MLP are experts.
-    """
-    what = "dropped" if op is None else "merged into " + " + ".join(_short(op, mlp_pieces(mixture)))
-    return f"{depth} layers: at {start}, {what}" + ("" if loss is None else f", calibration loss {loss:.4f}")
 
-
-def healed_words(evidence: Mapping[str, Any]) -> str:
-    """The end of such a line: the result of healing in the loop, or nothing."""
-    heal = evidence.get("heal")
+def step_line(entry: Mapping[str, Any], mlp: str) -> str:
+    """The log line of a step: its depth, place, result and losses."""
+    line = f"{entry['layers']} layers: at {entry['merged'][0]}, {step_words(entry, mlp)}"
+    if entry["loss"] is not None:
+        line += f", calibration loss {entry['loss']:.4f}"
+    heal = entry["evidence"].get("heal")
     if heal is None or heal["held_out_loss"] is None:
-        return ""
+        return line
     before, after = heal["held_out_loss"]
     among = f", best of {len(heal['finalists'])}" if "finalists" in heal else ""
-    return f"{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
-
-
-def _short(op: Op, mlp: str) -> list[str]:
-    if isinstance(op, Concat):
-        return [f"{cut.source.layer} ({len(cut.kv_groups)} groups, {len(cut.channels)} {mlp})" for cut in op.cuts]
-    return [f"{source.layer} (whole)" for source in op.sources]
+    return f"{line}{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 class OneShot(Planner):
@@ -268,7 +263,6 @@ class OneShot(Planner):
         return [Step(start=start, count=1, op=None, evidence=evidence)]
 
     def reason(self) -> str:
-        """Why no further layer can be dropped."""
         first, last = self.protect
         return f"this method never drops the first {first} and the last {last} layers, and no others are left"
 

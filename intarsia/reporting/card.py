@@ -68,7 +68,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"line": _line, "code": _code, "cell": _cell}
+    environment.filters |= {"line": _line, "code": _code, "cell": lambda text: _line(text).replace("|", "\\|")}
     return environment.get_template("card.md.j2").render(
         front_matter=_front_matter(results),
         title=results.get("title", "A shallower model"),
@@ -129,10 +129,6 @@ def _described(value: Any) -> str:
 def _line(text: Any) -> str:
     """Text on one line, escaped against HTML."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
 
 
 def _code(text: Any) -> str:

@@ -78,7 +78,6 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """The key that identifies it."""
         return self.method, self.layers, self.heal
 
     @property
@@ -101,7 +100,6 @@ class Row:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second of decoding."""
         return None if self.speed is None else self.speed.get("decode_tokens_per_s")
 
     def measure(self, name: str) -> Measure | None:
@@ -141,7 +139,6 @@ class Comparison:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Names of the evaluation texts."""
         return tuple(text["name"] for text in self.eval_texts)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.pruning.ladder import Ladder
-from intarsia.pruning.step import mlp_pieces, of_experts
+from intarsia.pruning.step import mlp_pieces, of_experts, step_words
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from intarsia.reporting.blocks import Block, Figure, Measured, Origin, Section, Subject, Table, Tile
@@ -23,7 +23,7 @@ _SCORES = {
     "losses": "calibration loss without the layer",
 }
 _LONG_TABLE = 12
-_BROKEN = 100.0  # times the least perplexity of a chart, beyond which values are cut off
+_BROKEN = 100.0  # times the least perplexity of a chart; larger values are cut off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,20 +222,6 @@ def steps_section(run: PlanRun) -> Section:
         folded = len(rows) > _LONG_TABLE
         blocks.append(Table(rows=rows, words=("step", "recipe"), caption=f"All {len(rows)} steps", folded=folded))
     return Section(title="The ladder", blocks=blocks, intro="Every depth can still be built from this run.")
-
-
-def step_words(step: Mapping[str, Any], mlp: str) -> str:
-    """A logged step in words; `mlp` is the name of the pieces of an MLP."""
-    op = step["op"]
-    if op is None:
-        return "dropped"
-    if list(op.values()) == ["whole"]:
-        return f"only {next(iter(op)).partition(':')[2]} kept, whole"
-    return "joined from " + " + ".join(
-        f"{name.partition(':')[2] or name}"
-        + (f" (KV groups {part['kv_groups']}, {mlp} {part['channels']})" if isinstance(part, Mapping) else f" ({part})")
-        for name, part in op.items()
-    )
 
 
 def _tiles(run: PlanRun) -> list[Tile]:

@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from intarsia.architecture.spec import Architecture
+from intarsia.pruning.scores import digits
 from intarsia.pruning.step import mlp_pieces, of_experts
 from intarsia.recipe.recipe import Concat, LayerRef, Merge, Op, Recipe, format_ranges
 from intarsia.reporting.blocks import Pictures, Section, Table
@@ -57,7 +58,7 @@ def pieces_of_architecture(architecture: Architecture) -> Pieces:
     """Return the number of pieces in a layer of a model."""
     return Pieces(
         n_kv_heads=architecture.n_kv_heads,
-        n_mlp_pieces=architecture.n_mlp_pieces,
+        n_mlp_pieces=architecture.n_pieces("mlp"),
         experts=architecture.is_mixture("mlp"),
         heads_per_group=architecture.heads_per_group,
     )
@@ -118,7 +119,6 @@ class _Drawing:
         self.far = self.near + (262.0 if upright else 128.0)
 
     def svg(self) -> Markup:
-        """Draw the picture."""
         deep, shallow = self.recipe.depth, len(self.recipe.layers)
         width, height = 360.0, self.start + self.length + 4
         if self.upright:
@@ -316,8 +316,8 @@ def puzzle_section(
         "heads": pieces.heads_per_group,
         "channels": pieces.n_mlp_pieces,
         "mlp": pieces.mlp,
-        "influence": [_digits(value) for value in evidence.get("influence") or ()],
-        "spans": {str(start): _digits(value) for start, value in (evidence.get("span_scores") or {}).items()},
+        "influence": [digits(value) for value in evidence.get("influence") or ()],
+        "spans": {str(start): digits(value) for start, value in (evidence.get("span_scores") or {}).items()},
         "depths": {
             str(layers): _outputs(each, log, fits if layers == least else ()) for layers, each in recipes.items()
         },
@@ -393,9 +393,5 @@ def _part(op: Op, number: int, variants: Sequence[str]) -> dict[str, Any]:
         if len(ranges) <= _MOST_RANGES:
             found["ranges"] = ranges
     if isinstance(op, Merge):
-        found["weight"] = _digits(op.weights[number])
+        found["weight"] = digits(op.weights[number])
     return found
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")

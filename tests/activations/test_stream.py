@@ -117,7 +117,7 @@ def test_every_layer_has_its_own_arguments(resident_of: InMemory) -> None:
 
 def test_the_model_is_left_as_it_was(resident_of: InMemory) -> None:
     resident = resident_of("opt")
-    before = resident.model.get_submodule(resident.architecture.family.layers_module)
+    before = resident.model.get_submodule(resident.architecture.family.modules.layers)
     stream = LayerStream(resident.model, resident.architecture)
     ids, _ = batch(False)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was(resident_of: InMemory) -> None:
         own = resident.model(ids).logits
         stream.enter(ids, None)
         assert torch.equal(resident.model(ids).logits, own)
-    assert resident.model.get_submodule(resident.architecture.family.layers_module) is before
+    assert resident.model.get_submodule(resident.architecture.family.modules.layers) is before
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -66,10 +66,10 @@ def test_agrees_with_transformers(name: str, more: Configs) -> None:
     config = more[name]
     architecture, shapes = detect(config.to_dict()), shapes_of(config)
     verify(architecture, shapes, where="model")
-    prefix = f"{architecture.family.layers_module}.1."
+    prefix = f"{architecture.family.modules.layers}.1."
     real = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
     assert architecture.layer_shapes() == real
-    assert f"{architecture.family.head_module}.weight" in shapes
+    assert f"{architecture.family.modules.head}.weight" in shapes
     assert architecture.layer_parameters == sum(torch.Size(shape).numel() for shape in real.values())
 
 

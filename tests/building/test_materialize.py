@@ -93,7 +93,7 @@ def test_ratio_one_to_nothing_is_dropping_the_second_layer(
     materialize(recipe_of(source.model, [merged, *rest]), {"base": source}, tmp_path / "merged")
     names = {
         name: name
-        if not name.startswith(architecture.family.layers_module)
+        if not name.startswith(architecture.family.modules.layers)
         else source.architecture.tensor_name(index, local)
         for index, layer in enumerate([0, 2, 3, 4, 5])
         for local in architecture.layer_shapes()
@@ -149,7 +149,7 @@ def test_the_folder_is_an_ordinary_model(family: str, checkpoint_of: Opened, tmp
     assert schema.content_hash(schema.load(tmp_path / "out" / RECIPE_FILE)) == schema.content_hash(recipe)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert model.config.num_hidden_layers == len(model.get_submodule(source.architecture.family.layers_module)) == 4
+    assert model.config.num_hidden_layers == len(model.get_submodule(source.architecture.family.modules.layers)) == 4
     ids = tokenizer("roti lane", return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     cached = model.generate(ids, use_cache=True, **settings)
@@ -157,7 +157,7 @@ def test_the_folder_is_an_ordinary_model(family: str, checkpoint_of: Opened, tmp
     assert cached.shape[1] == ids.shape[1] + 24
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert (head is embedding) == source.architecture.tied
-    stored = f"{source.architecture.family.head_module}.weight"
+    stored = f"{source.architecture.family.modules.head}.weight"
     assert (stored in tensors_of(tmp_path / "out")) == (stored in source.headers)
 
 

@@ -95,7 +95,7 @@ def test_the_text_model(kind: str, text_file: Path, tmp_path: Path) -> None:
     assert re.search(rf"around it +{kind}: [\d,]+ parameters stay byte for byte", inspected)
     assert json.loads((out / "config.json").read_text())["text_config"]["num_hidden_layers"] == depth - 1
     before, after = (load_file(each / "model.safetensors") for each in (folder, out))
-    prefix = checkpoint.stored_name(f"{checkpoint.architecture.family.layers_module}.0.").removesuffix("0.")
+    prefix = checkpoint.stored_name(f"{checkpoint.architecture.family.modules.layers}.0.").removesuffix("0.")
     tables = [] if checkpoint.architecture.inspected is None else checkpoint.architecture.inspected.tables
     changed = {checkpoint.stored_name(name) for name in tables}
     others = {name for name in before if not name.startswith(prefix)} - changed

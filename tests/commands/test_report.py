@@ -99,6 +99,8 @@ def test_wrong_input_is_refused_before_any_work(compressed: Path, tmp_path: Path
         intarsia.report(run, out=tmp_path / "folder", overwrite=True)
     with pytest.raises(UserError, match="no such folder"):
         intarsia.report(run, out=tmp_path / "no" / "r.html")
+    with pytest.raises(UserError, match="no run to report on"):
+        intarsia.report(out=tmp_path / "r.html")
     with pytest.raises(UserError, match="--generate"):
         intarsia.report(run, out=tmp_path / "r.html", generate=True)
     with pytest.raises(UserError, match="--new-tokens is 0"):

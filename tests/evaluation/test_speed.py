@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from intarsia.architecture.detect import detect
-from intarsia.errors import UserError
 from intarsia.evaluation import speed as module
 from intarsia.evaluation.speed import compare_speed, footprint, kv_cache_bytes
 from tests import families
@@ -51,12 +50,6 @@ def test_runs_for_real(family: str) -> None:
     assert found.prefill_tokens_per_s > 0 and found.decode_tokens_per_s > 0
     assert steps == [6, 1, 1, 1] * 2
     assert model.training
-
-
-@pytest.mark.parametrize("changes", [{"batch": 0}, {"prompt_len": 0}, {"new_tokens": 1}, {"repeats": 0}])
-def test_impossible_sizes(changes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="Speed cannot be measured"):
-        compare_speed({"m": families.make_model("llama")}, **changes)
 
 
 def test_on_cuda_the_clock_waits_for_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +100,8 @@ def test_the_cache_takes_what_the_config_says(family: str) -> None:
     """Mistral slides in every layer, Qwen3 in two of six, and the prompt is longer than their windows."""
     model = families.make_model(family)
     architecture = detect(model.config.to_dict())
-    found = footprint(model, batch=2, prompt_len=11, new_tokens=4)
-    assert found.cache_bytes == kv_cache_bytes(architecture, batch=2, tokens=14, itemsize=4)
+    cache, _ = footprint(model, batch=2, prompt_len=11, new_tokens=4)
+    assert cache == kv_cache_bytes(architecture, batch=2, tokens=14, itemsize=4)
 
 
 def test_cache_by_hand() -> None:

@@ -20,9 +20,9 @@ import intarsia
 from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
 from intarsia.commands import heal as verb
+from intarsia.commands.build import read_recipe
 from intarsia.commands.heal import HealResult, PerplexityTexts, TrainingText
 from intarsia.commands.job import load_tokenizer
-from intarsia.commands.recipes import read_recipe
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw
 from intarsia.errors import UserError

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import intarsia
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.build import open_variants
+from intarsia.commands.heal import BLEND, over_its_blend
 from intarsia.commands.job import load_tokenizer
-from intarsia.commands.recipes import open_variants
 from intarsia.data.text import draw
 from intarsia.errors import UserError
-from intarsia.healing import blend, closed_form, end_to_end
-from intarsia.healing.blend import BLEND, over_its_blend
+from intarsia.healing import closed_form, end_to_end
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.options import TextSpec
 from intarsia.recipe import schema
@@ -206,7 +206,7 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
 def test_a_recipe_is_checked_before_weights_are_hashed(
     members: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("intarsia.commands.recipes.scan", lambda checkpoint: pytest.fail("weights were read"))
+    monkeypatch.setattr("intarsia.checkpoint.hashing.scan", lambda checkpoint: pytest.fail("weights were read"))
     with pytest.raises(UserError, match="expected a layer from 0 to 5; found math:6"):
         open_variants(recipe_of(members, select(0), select(6, "math")))
 
@@ -276,9 +276,9 @@ def test_killed_while_the_blend_is_deleted(
             raise KeyboardInterrupt
         remove(path, **kwargs)
 
-    remove = blend.shutil.rmtree
+    remove = shutil.rmtree
     with monkeypatch.context() as stopped:
-        stopped.setattr(blend.shutil, "rmtree", half)
+        stopped.setattr(shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
             heal(made, tmp_path / "out", **given)
     first = schema.content_hash(schema.load(tmp_path / "out" / "recipe" / "recipe.yaml"))

@@ -95,7 +95,7 @@ def test_killed_and_continued_is_as_undisturbed(
     settings = replace(QUICK, epochs=2, evaluations=4, weight_decay=0.1)
     wanted, report = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings)
     steps = []
-    step = layerwise._Training._step
+    step = layerwise.LayerTraining._step
 
     def dies(self: Any, number: int) -> float:
         steps.append(number)
@@ -103,10 +103,10 @@ def test_killed_and_continued_is_as_undisturbed(
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(layerwise._Training, "_step", dies)
+    monkeypatch.setattr(layerwise.LayerTraining, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
-    monkeypatch.setattr(layerwise._Training, "_step", step)
+    monkeypatch.setattr(layerwise.LayerTraining, "_step", step)
     found, resumed = layerwise.train(recipe, resident, Text.of(*tokens()), settings=settings, folder=tmp_path / "run")
     assert same(found, wanted)
     assert timeless(resumed) == timeless(report)
@@ -292,15 +292,15 @@ def test_killed_and_continued_after_trained_layers(
     _, recipe = cut("qwen2")
     resident = resident_of("qwen2")
     undisturbed, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING)
-    step, steps = layerwise._Training._step, []
+    step, steps = layerwise.LayerTraining._step, []
 
-    def dying(self: layerwise._Training, number: int) -> float:
+    def dying(self: layerwise.LayerTraining, number: int) -> float:
         steps.append(number)
         if len(steps) == 9:  # in the second layer: each takes six steps
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(layerwise._Training, "_step", dying)
+    monkeypatch.setattr(layerwise.LayerTraining, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING, folder=tmp_path)
     continued, _ = layerwise.train(recipe, resident, Text.of(*tokens()), settings=FOLLOWING, folder=tmp_path)

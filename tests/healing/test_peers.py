@@ -58,7 +58,7 @@ def healed(context: HealContext, layers: list[Any], stage: str) -> Recipe:
 def states_by_hand(checkpoint: Checkpoint, corpus: Corpus) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """H^0 .. H^L and what each MLP adds, of real tokens by sequence, from the model's own forward; and the mask."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
-    layers = model.get_submodule(checkpoint.architecture.family.layers_module)
+    layers = model.get_submodule(checkpoint.architecture.family.modules.layers)
     writer = checkpoint.architecture.writer("mlp").module
     states: list[Tensor] = []
     added: list[Tensor] = []

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.data.corpus import Corpus
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.evolve import EvolveSettings
-from intarsia.pruning.prune import prune
+from intarsia.pruning.prune import StepHealer, prune
 from intarsia.pruning.step import Change, Planner, Step
 from intarsia.recipe.recipe import Op, Recipe, Variant, identity
 from intarsia.registry import planners
@@ -50,7 +49,7 @@ def residual_stream(resident: LoadedModel, corpus: Corpus) -> list[torch.Tensor]
 def with_layers(resident: LoadedModel, states: list[dict[str, torch.Tensor]]) -> PreTrainedModel:
     """A model of its own whose layers have these tensors."""
     model = copy.deepcopy(resident.model)
-    path, _, name = resident.architecture.family.layers_module.rpartition(".")
+    path, _, name = resident.architecture.family.modules.layers.rpartition(".")
     layers = getattr(model.get_submodule(path), name)
     kept = [copy.deepcopy(layers[index]) for index in range(len(states))]
     for layer, state in zip(kept, states, strict=True):

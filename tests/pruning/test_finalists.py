@@ -13,12 +13,12 @@ import torch
 from intarsia.building.loaded_model import LoadedModel
 from intarsia.errors import UserError
 from intarsia.healing.settings import ClosedFormSettings
-from intarsia.pruning import heal_in_loop
-from intarsia.pruning.heal_in_loop import StepHealer
+from intarsia.pruning import prune
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.sleb import SlebSettings
+from intarsia.pruning.prune import StepHealer
 from intarsia.pruning.race import best_of_groups, race
 from intarsia.pruning.step import Step
 from intarsia.recipe.recipe import Op, Variant, identity
@@ -84,7 +84,7 @@ def test_of_three_at_once_two_adjacent_layers_are_dropped(resident_of: InMemory)
     removals = [step for step in steps if step.op is None]
     assert sorted(step.start for step in removals) == [0, 1, 2, 3, 4] and {step.count for step in removals} == {2}
     # Of the three ratios of the one span two are removals; the middle layer alone is none of one run of layers.
-    assert len(steps) == 6 and {step.removed for step in steps} == {2}
+    assert len(steps) == 6 and {step.count - (step.op is not None) for step in steps} == {2}
 
 
 @pytest.mark.parametrize("in_loop", [False, True], ids=["", "in-loop"])
@@ -226,13 +226,13 @@ def test_candidates_are_scored_on_sequences_that_no_fit_sees(
     resident = resident_of("llama")
     model = measured(resident, list(WHOLE))
     rows: list[list[int]] = []
-    losses_after = heal_in_loop.losses_after
+    losses_after = prune.losses_after
 
     def looks(of: Intermediate, start: int, some: Sequence[int]) -> torch.Tensor:
         rows.append(list(some))
         return losses_after(of, start, some)
 
-    monkeypatch.setattr(heal_in_loop, "losses_after", looks)
+    monkeypatch.setattr(prune, "losses_after", looks)
     StepHealer(model, ClosedFormSettings(ridges=(0.1,), held_out=4)).take(steps_of(resident)[:2])
     assert rows == [list(range(0, 32, 4))] * 4
 

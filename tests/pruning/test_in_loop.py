@@ -22,13 +22,13 @@ from intarsia.errors import UserError
 from intarsia.healing.closed_form import AS_IT_IS
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
-from intarsia.pruning.heal_in_loop import StepHealer
 from intarsia.pruning.intermediate import Intermediate
 from intarsia.pruning.ladder import Ladder
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComeP, ComePSettings
 from intarsia.pruning.methods.laco import LacoSettings
 from intarsia.pruning.methods.sleb import SlebSettings
+from intarsia.pruning.prune import StepHealer
 from intarsia.recipe.recipe import Op, Recipe, Variant, derive_spans, identity
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -114,7 +114,7 @@ def ridge_by_hand(
     for part in ("mlp", "attention", "mlp"):
         name = f"{resident.architecture.writer(part).module}.weight"
         model = with_layers(resident, states)
-        layer = model.get_submodule(resident.architecture.family.layers_module)[index]
+        layer = model.get_submodule(resident.architecture.family.modules.layers)[index]
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         layer.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(

@@ -17,7 +17,7 @@ from intarsia.pruning.ladder import Ladder, Wanted
 from intarsia.pruning.methods.come import ComeSettings
 from intarsia.pruning.methods.come_p import ComePSettings
 from intarsia.pruning.step import describe, mlp_pieces, of_experts, step_line
-from intarsia.recipe.recipe import Concat, Cut, Recipe, Variant, identity
+from intarsia.recipe.recipe import Concat, Cut, Op, Recipe, Variant, identity
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
@@ -244,11 +244,15 @@ def joined() -> Concat:
 
 @pytest.mark.parametrize(("mixture", "name"), [(False, "channels"), (True, "experts")])
 def test_a_step_for_a_person(mixture: bool, name: str, joined: Concat) -> None:
-    line = step_line(5, 1, joined, 2.5, mixture=mixture)
-    wanted = f"merged into 1 (1 groups, 3 {name}) + 2 (1 groups, 5 {name})"
-    assert line == f"5 layers: at 1, {wanted}, calibration loss 2.5000"
-    assert step_line(4, 3, None, None, mixture=mixture) == "4 layers: at 3, dropped"
-    assert step_line(4, 3, select(3), None, mixture=mixture) == "4 layers: at 3, merged into 3 (whole)"
+    def line(layers: int, at: int, op: Op | None, loss: float | None) -> str:
+        made = None if op is None else describe(op)
+        entry = {"layers": layers, "merged": [at, at + 1], "op": made, "evidence": {}, "loss": loss}
+        return step_line(entry, mlp_pieces(mixture))
+
+    wanted = f"joined from 1 (KV groups 1, {name} 3) + 2 (KV groups 1, {name} 5)"
+    assert line(5, 1, joined, 2.5) == f"5 layers: at 1, {wanted}, calibration loss 2.5000"
+    assert line(4, 3, None, None) == "4 layers: at 3, dropped"
+    assert line(4, 3, select(3), None) == "4 layers: at 3, only 3 kept, whole"
 
 
 def test_the_log_has_the_codecs_own_word(joined: Concat) -> None:

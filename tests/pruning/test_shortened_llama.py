@@ -68,7 +68,7 @@ def saliences_by_hand(resident, corpus) -> list[float]:
     real = real_tokens(corpus)
     labels = corpus.input_ids.masked_fill(~real, -100)
     model(corpus.input_ids, attention_mask=real.long(), labels=labels).loss.backward()
-    layers = model.get_submodule(resident.architecture.family.layers_module)
+    layers = model.get_submodule(resident.architecture.family.modules.layers)
     return [
         sum(
             float((weight.grad * weight.detach()).abs().sum())

@@ -41,7 +41,6 @@ class LayerwiseSettings(Pace):
     only: tuple[str, ...] = ()
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from super().checks()
         yield self.weights("kl", "mse", "cosine")
 

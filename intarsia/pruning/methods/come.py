@@ -67,7 +67,6 @@ class ComeSettings(ProgressiveSettings):
     }
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from super().checks()
         yield from self.at_least(2, "merge")
         yield 0.0 <= self.sharpness < float("inf"), ("sharpness",), "a number, 0 or more"
@@ -163,7 +162,6 @@ class Come(Progressive):
         return Candidate(start=start, count=len(shares), op=op, shares=shares, mlp_shares=mlp_shares, counts=counts)
 
     def reason(self) -> str:
-        """Why nothing more can be merged."""
         return (
             f"with no-repeat, no {self.settings.merge} adjacent unmerged layers are left"
             if self.settings.no_repeat

@@ -60,7 +60,6 @@ class ComePSettings(ComeSettings):
     }
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from super().checks()
         yield from self.at_least(1, "granularity", "spans", "finalists")
         if self.half_layers:

@@ -65,7 +65,6 @@ class EvolveSettings(PlanSettings):
     search_seed: int = 0
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from super().checks()
         yield from self.at_least(0, "generations", "initial")
         yield from self.at_least(1, "offspring", "switches", "finalists")
@@ -219,7 +218,6 @@ class _Search:
         return min([*([] if parent is None else [parent]), *tried], key=self._loss)
 
     def _loss(self, kept: Kept) -> float:
-        """Its loss per token on all of the text."""
         return self.losses[kept, 0, self.number] / float(self.model.counts_N.sum())
 
     def _evaluate(self, tried: Sequence[Kept], rows: slice) -> dict[Kept, float]:

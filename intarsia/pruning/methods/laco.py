@@ -64,7 +64,6 @@ class LacoSettings(ProgressiveSettings):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"formula": "notebook"}}
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
         yield from super().checks()
         yield from self.at_least(2, "merge")
         yield -1.0 <= self.threshold <= 1.0, ("threshold",), "a similarity between -1 and 1"
@@ -106,7 +105,6 @@ class Laco(Progressive):
             pointer, restarted = self._top(model.depth), True
 
     def reason(self) -> str:
-        """Why nothing more can be merged."""
         return (
             f"no {self.settings.merge} adjacent layers of one attention type are left in the range of layers "
             "that may be merged"

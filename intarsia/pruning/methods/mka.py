@@ -63,7 +63,6 @@ class Mka(Planner):
         return []
 
     def reason(self) -> str:
-        """Why nothing more can be merged."""
         return "layers of different attention types are not merged, and no others are adjacent"
 
 
