@@ -133,7 +133,7 @@ def test_without_a_template_speakers_are_named_and_it_is_said(tmp_path: Path) ->
         tokenize(
             documents(spec), families.make_tokenizer(chat=True), tokens=48, seq_len=48, shuffle=False, description="b"
         )
-    assert said[1:] == ["b: conversations (column messages), written with the model's chat template"]
+    assert said[1:] == ["b: conversations (column messages), formatted with the model's chat template"]
 
 
 def test_sequences_begin_with_a_conversation_and_nothing_is_put_between() -> None:

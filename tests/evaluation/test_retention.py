@@ -106,7 +106,7 @@ def test_other_items_and_other_tasks_are_refused() -> None:
         retention([one], [score([1, 0], name="test")], against="big")
     with pytest.raises(UserError, match="was scored on the tasks"):
         retention([], [], against="big")
-    with pytest.raises(UserError, match="no mean over items"):
+    with pytest.raises(UserError, match="not a mean over items"):
         retention([one], [replace(one, outcomes={})], against="big")
 
 
