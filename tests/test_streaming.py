@@ -1,4 +1,4 @@
-"""A model of which one layer at a time is in memory decides and weighs exactly as one that is in memory as a whole."""
+"""A streamed model gives exactly the same decisions and weights as one in memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Load
 
 
 def wait_for(resident: LoadedModel, layers: int) -> None:
-    """Until so many layers are in memory; fails where that does not come about."""
+    """Wait until this many layers are in memory; fail on a timeout."""
     assert resident.offload is not None
     for _ in range(3000):
         if resident.offload.in_memory == layers:
@@ -290,7 +290,7 @@ def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
 
 
 class OutOfMemory:
-    """Lets a stream's layers run out of memory with more than so many sequences."""
+    """Makes a stream's layers run out of memory above a number of sequences."""
 
     def __init__(self, most: int) -> None:
         self.most, self.sizes = most, Counter[int]()

@@ -103,7 +103,7 @@ def test_agreement_of_streamed_models(model_folder: Folder, sizes: Sizes, text_f
 
 
 def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """And may go on without --stream, with the same recipes."""
+    """It may resume without --stream, with the same recipes."""
     model, run = str(model_folder("llama")), tmp_path / "run"
     verbs.plan(model, run, layers=5, stream=True, memory="1", **sizes)
     killed = run / "scratch" / "intarsia-hidden-killed"

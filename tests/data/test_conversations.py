@@ -167,7 +167,7 @@ def test_which_tokens_are_the_assistants() -> None:
 
 
 def test_what_a_model_wrote_can_be_read_again(tmp_path: Path) -> None:
-    """Self-written conversations as messages, and these as the same tokens; their last turn is cut as it was."""
+    """Self-written conversations as messages, and these as the same tokens, with the last turn truncated as before."""
     model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
     corpus = self_corpus(
         model, tokenizer, n=3, seq_len=64, seed=0, sampling=Sampling(longest_question=7, longest_answer=9)

@@ -120,7 +120,7 @@ def test_llama_3_frequencies(tmp_path: Path) -> None:
     torch.testing.assert_close(
         plain / torch.from_numpy(found), model.model.rotary_emb.inv_freq.double(), rtol=1e-5, atol=0
     )
-    # Transformers does not read these; the model that comes out of the file here has them all the same.
+    # transformers does not read these, but the model from the file has them.
     again = open_checkpoint(str(file))
     assert again.config["rope_parameters"] == pytest.approx(rope)
     assert all(torch.equal(again.tensor(name), value) for name, value in model.state_dict().items())

@@ -163,7 +163,7 @@ def test_a_planner_that_ends_early_says_why(resident_of: InMemory, tmp_path: Pat
 def test_a_full_disk_within_a_step(
     what: str, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps before are kept, nothing half-written is left, and the run goes on when there is room again."""
+    """Earlier steps are kept, nothing half-written is left, and the run resumes once there is space again."""
     resident = resident_of("llama")
     go(tmp_path / "undisturbed", resident, "come", 2)
     write = {"recipe": "intarsia.recipe.schema.write_whole", "line": "intarsia.run_dir.append_line"}[what]
