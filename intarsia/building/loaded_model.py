@@ -57,7 +57,7 @@ def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
             raise
         raise UserError(
-            f"transformers {version('transformers')} does not load {checkpoint.folder}: {in_words(error)}.",
+            f"transformers {version('transformers')} cannot load {checkpoint.folder}: {in_words(error)}.",
             "Correct its config.json, or use the version of transformers it was made for.",
         ) from error
 
