@@ -216,7 +216,7 @@ def test_the_best_of_several_starts_and_killed_within(
     stages = heal_stages.choose_all("closed-form")
     wanted = run_stages(context(starts=(other,), name="whole"), half, stages)
     facts = wanted.stages[-1].facts
-    assert set(facts["starts"]) == {AS_IT_IS, "with nothing fitted", "other"}
+    assert set(facts["starts"]) == {AS_IT_IS, "the recipe with nothing fitted", "other"}
     assert facts["start"] == min(facts["starts"], key=facts["starts"].get)
     fits: list[bool] = []
     fit = closed_form.fit
