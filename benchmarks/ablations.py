@@ -16,9 +16,9 @@ from intarsia.reporting.comparison import DENSE, Comparison, Row
 
 BASE = "come"
 ABLATIONS: Mapping[str, str] = {
-    "come": "as it is: joined pieces, shares by block influence, norms folded",
-    "come[combine=weight-sum]": "whole layers are added up, weighted by share",
-    "come[combine=fuse]": "pieces that are left out are added onto the most similar kept ones",
+    "come": "the default: joined pieces, shares by block influence, norms folded",
+    "come[combine=weight-sum]": "whole layers are summed, weighted by share",
+    "come[combine=fuse]": "discarded pieces are added to the most similar kept ones",
     "come[sharpness=0.5]": "shares by the square root of block influence",
     "come[sharpness=2]": "shares by the square of block influence",
     "come[dominance=0.8]": "the strongest layer has at least 0.8^(1/(n-1)) of the pieces",
@@ -30,9 +30,9 @@ ABLATIONS: Mapping[str, str] = {
 _BEGIN, _END = "<!-- ablations -->", "<!-- /ablations -->"
 _PAGE = f"""# Ablations
 
-What each part of CoMe is worth on SmolLM2-135M-Instruct (30 layers): perplexity of WikiText-2 (test) / news that was
-kept out, as pruned and, where a column says healed, healed in closed form. In brackets the change of log-perplexity
-against `{BASE}` in the same column; below zero is better.
+The effect of each part of CoMe on SmolLM2-135M-Instruct (30 layers): perplexity of WikiText-2 (test) / held-out news,
+pruned and, in columns marked as healed, healed in closed form. In brackets: the change of log-perplexity against
+`{BASE}` in the same column; negative is better.
 
 {_BEGIN}
 {_END}
@@ -68,7 +68,7 @@ def table(found: Comparison, methods: Sequence[str], layers: Sequence[int], heal
     lines = [
         f"Calibration: {found.settings['tokens']:,} tokens. Evaluation: {said}. Dense: {whole}.",
         "",
-        "| method | what is different | " + " | ".join(heads) + " |",
+        "| method | difference | " + " | ".join(heads) + " |",
         "|---|---|" + "---:|" * len(columns),
     ]
     for method in methods:

@@ -2,8 +2,8 @@
 
 Calibration: equal parts of WikiText-2 (validation), news without its last tenth, and speeches. Evaluation: the first
 64 windows of 512 tokens of WikiText-2 (test), 16 windows of that last tenth of the news, and at some depths the first
-items of the last two thirds of each task. Healed rows are fitted lightly: down_proj alone where a layer stands for
-itself, not o_proj too as `intarsia compress` and `compare` fit them. A stopped benchmark resumes. Prints
+items of the last two thirds of each task. Healed rows are fitted lightly: on unchanged layers only
+down_proj, without o_proj as in `intarsia compress` and `compare`. A stopped benchmark resumes. Prints
 the tables of the README.
 
     python -m benchmarks compare --data ../shared/data -o out/bench/compare

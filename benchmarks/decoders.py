@@ -26,25 +26,25 @@ from intarsia.errors import UserError
 KNOWN, REMOVAL, REFUSED = "known", "removal", "refused"
 _HEAD = """# Which models
 
-Every decoder of transformers {version}, as `python -m benchmarks decoders -o docs/FAMILIES.md` found it on small
-random models: {counts}. A multimodal model is what its text model is; the rest goes along byte for byte.
-The text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL are read as Qwen2 and Qwen3. A model that comes with code of its
-own is refused, and of the tier removal where `--trust-remote-code` lets its code run (in Python:
-`with intarsia.trust_remote_code():`); the result has the same code in its folder.
+Every decoder of transformers {version}, checked by `python -m benchmarks decoders -o docs/FAMILIES.md` on small
+random models: {counts}. A multimodal model counts as its text model; its other parts are copied byte for byte.
+The text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL are read as Qwen2 and Qwen3. A model with code of its own is
+refused, or has the tier removal with `--trust-remote-code` (in Python: `with intarsia.trust_remote_code():`); the
+output then contains the same code.
 
 - **known**: a family file describes the layers, which can be removed, merged and joined from pieces.
 - **removal**: layers can be removed (`shortgpt`, `angular`, `sleb`, `reverse`, `taylor`, `magnitude`, `evolve`,
-  `come-p[removals=true]`, and `tailor` with the operations remove and select), and what stays can be healed. A model
-  without layers is exactly the one in which they are skipped.
-- **refused**: neither, for the reason that is given.
+  `come-p[removals=true]`, and `tailor` with the operations remove and select), and the result can be healed. Removing
+  layers equals skipping them.
+- **refused**: neither, for the given reason.
 
-Much used, and not known, because a family file cannot say it: `apertus` (its activation has two learned numbers a
-layer, which channels of several layers would have to share), `glm4_moe` and `deepseek_v3` (their first layers are
-dense, the others mixtures whose router has a correction for each expert), `gpt_oss` (experts that are stored
-transposed, gate and up in turns, and a sink for each head), `qwen3_5` (three of four layers are linear attention, the
+Popular models without a family file, because it cannot describe them: `apertus` (its activation has two learned numbers
+per layer, which channels of several layers would have to share), `glm4_moe` and `deepseek_v3` (their first layers are
+dense, the others mixtures whose router has a correction for each expert), `gpt_oss` (expert matrices stored transposed,
+gate and up rows interleaved, and a sink for each head), `qwen3_5` (three of four layers are linear attention, the
 fourth has a gate).
 
-| model type | tier | kinds of layers, or why |
+| model type | tier | kinds of layers, or the reason |
 |---|---|---|
 """
 

@@ -1,12 +1,12 @@
-"""What each stage of healing gives the demo model, at several depths.
+"""The effect of each heal stage on the demo model, at several depths.
 
-First what `compress` makes at each of `--efforts`. Then pruned by each of `--methods` (removal by calibration loss,
-of one block, CoMe-P, CoMe-P healed in the loop, and that with finalists), and the closed form over all layers on 64k
+First what `compress` makes at each of `--efforts`. Then pruned by each of `--methods` (removal by calibration loss, of
+one block, CoMe-P, CoMe-P healed in the loop, and that with finalists), and the closed form over all layers on 64k
 tokens, as `compress` does it; of `--train` also layerwise distillation on 500k on top, and end-to-end distillation on
 200k on top of that. `--against 25` adds, at that depth, end-to-end distillation alone for as long as both took
-together, and the same training of the plainly cut model. `--text 21` adds, at that depth, end-to-end distillation
-that learns from the text too (cross-entropy), on top of layerwise. Texts as in the benchmark `quality`, whose ladders
-are used where they are there. Every row is kept: a stopped benchmark resumes where it was.
+together, and the same training of the model after a plain removal. `--text 21` adds, at that depth, end-to-end
+distillation that learns from the text too (cross-entropy), on top of layerwise. Texts as in the benchmark `quality`,
+whose ladders are used if they exist. Every row is kept, so a stopped benchmark resumes.
 
     python -m benchmarks heal --data ../shared/data -o out/bench/heal
 """
@@ -46,7 +46,7 @@ WITH_TEXT = replace(END_TO_END, lr=2e-4, cross_entropy=0.5)
 
 
 class Bench:
-    """Rows that are done, and how to do the others."""
+    """The finished rows, and how to compute the others."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.out: Path = given.out
@@ -72,7 +72,7 @@ class Bench:
         self.found: dict[str, dict[str, float]] = json.loads(self.rows.read_text()) if self.rows.exists() else {}
 
     def measure(self, key: str, model: str, seconds: float) -> None:
-        """Keep a row: perplexities, and what the last stage took."""
+        """Record a row: perplexities, and the seconds of the last stage."""
         values = {
             name: intarsia.evaluate_perplexity(model, text, windows=windows).value
             for name, (text, windows) in self.texts.items()
@@ -83,7 +83,7 @@ class Bench:
         print(key, {name: round(value, 2) for name, value in self.found[key].items()}, flush=True)
 
     def cut(self, method: str, layers: int) -> Path:
-        """The model as it is cut."""
+        """The pruned model, not healed."""
         run = self.plans / method
         with progress.shown():
             intarsia.plan("demo", run, Target(layers=self.deepest), **self.planning(method))
@@ -95,11 +95,11 @@ class Bench:
         return folder
 
     def planning(self, method: str) -> dict[str, Any]:
-        """What a method is planned with."""
+        """The planning options of a method."""
         return {"method": COMPRESSED.get(method, method), "text": TextSpec(sources=tuple(self.data))}
 
     def effort(self, effort: Any, layers: int) -> None:
-        """What `compress` makes at an effort."""
+        """Run `compress` at an effort."""
         folder, key, started = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
         if key not in self.found:
             out = Output(path=folder, run=self.plans / f"effort-{effort}", overwrite=folder.exists())
@@ -109,7 +109,7 @@ class Bench:
             self.measure(key, str(folder), time.perf_counter() - started)
 
     def compressed(self, method: str, layers: int) -> Path:
-        """What `compress` makes of a model that is healed from several starts."""
+        """Run `compress` for a model that is healed from several starts."""
         folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
         started = time.perf_counter()
         if not folder.exists():

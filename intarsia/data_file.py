@@ -33,7 +33,7 @@ _MAX_DIGITS = 600  # Python itself may refuse to read longer numbers.
 
 
 class Strict(BaseModel):
-    """A model that takes no unknown key and converts no type."""
+    """A model that refuses unknown keys and converts no types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -59,36 +59,36 @@ _EXPECTED = {
 
 
 def unexpected(expected: str, found: str = "", remedy: str = "") -> PydanticCustomError:
-    """The error that a validator raises; without `found` and `remedy` the input and the file's remedy are named."""
+    """The error for a validator to raise; `found` and `remedy` default to the input and the file's remedy."""
     return PydanticCustomError("unexpected", "{expected}", {"expected": expected, "found": found, "remedy": remedy})
 
 
 def one_line(value: str) -> str:
-    """The text itself, if it is one line that can be printed."""
+    """Check that a text is one printable line, and return it."""
     if value.strip() and value.isprintable() and len(value) <= 4096:
         return value
-    raise unexpected("a text on one line")
+    raise unexpected("one line of text")
 
 
 Text: TypeAlias = Annotated[str, AfterValidator(one_line)]
 
 Misplaced = tuple[tuple[int | str, ...], PydanticCustomError, Any]
-"""A path below a validator's value, the error there, and the value that stands there."""
+"""A path below a validator's value, the error there, and the value there."""
 
 
 def raise_misplaced(wrong: Sequence[Misplaced]) -> None:
-    """Raise the errors that a validator found below its own place, if there are any."""
+    """Raise the errors that a validator found below its own value, if there are any."""
     if wrong:
         details = [InitErrorDetails(type=error, loc=path, input=value) for path, error, value in wrong]
         raise ValidationError.from_exception_data("", details)
 
 
 def checked(model: type[Model], data: Any, *, where: str, remedy: str) -> Model:
-    """The model that plain data describes.
+    """Validate plain data as a model.
 
     Args:
         where: the file's name, for messages.
-        remedy: what to do about a problem that has no remedy of its own.
+        remedy: for problems without a remedy of their own.
 
     Raises:
         UserError: with every problem.
@@ -100,7 +100,7 @@ def checked(model: type[Model], data: Any, *, where: str, remedy: str) -> Model:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, remedy: str) -> Iterator[Problem]:
-    """The problems that pydantic found in the data of a model."""
+    """The problems in an error of pydantic."""
     for detail in error.errors(include_url=False):
         # The tag of a union starts with a colon; it is not in the data.
         path = [step for step in detail["loc"] if step != "[key]" and not str(step).startswith(":")]
@@ -110,7 +110,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, r
 
 
 def refusal(problems: Iterable[Problem], *, where: str, most: int = 50) -> UserError:
-    """The error that names these problems, at most `most` of them; `where` is the place of the others."""
+    """The error with these problems, at most `most`; the number of the others is reported at `where`."""
     listed = list(problems)
     rest = len(listed) - most
     if rest > 0:
@@ -141,7 +141,7 @@ def shown(value: Any) -> str:
 
 
 def _expectation(detail: ErrorDetails, model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, str, str]:
-    """What is expected, what was found, and the remedy (empty: the file's own)."""
+    """The expectation, the value found, and the remedy (empty: the file's own)."""
     kind, context, found = detail["type"], detail.get("ctx", {}), shown(detail["input"])
     if kind == "unexpected":
         return context["expected"], context.get("found") or found, context.get("remedy", "")
@@ -159,7 +159,7 @@ def _expectation(detail: ErrorDetails, model: type[BaseModel], path: Sequence[in
 
 
 def _keys(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
-    """The keys that the models at a place of the data know."""
+    """The keys of the models at a place in the data."""
     models = [model]
     for step in path:
         fields = {field.alias or name: field for kind in models for name, field in kind.model_fields.items()}
@@ -188,7 +188,7 @@ _RESOLVERS = (
     ),
     ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
 )
-"""What plain words mean, and the characters that they start with; PyYAML matches from the start."""
+"""The types of plain scalars, and their first characters; PyYAML matches from the start."""
 
 
 class InlineList(list[Any]):
@@ -246,7 +246,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, which quotes what the loader, or a reader of YAML 1.1, would not take for text."""
+    """The safe dumper, which also quotes what this loader, or a YAML 1.1 reader, would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -289,7 +289,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, *, what: str) -> Any:
-    """The value of a YAML file; `what` is what it should hold, as `a recipe`.
+    """The value of a YAML file; `what` is its expected content, such as `a recipe`.
 
     Raises:
         UserError: there is no such file, or it is not in the subset of YAML that this module reads.
@@ -326,5 +326,5 @@ def dump_yaml(value: Any) -> str:
 
 
 def read_toml(file: Any) -> dict[str, Any]:
-    """The value of a TOML file, given as a path or as a resource of a package."""
+    """The value of a TOML file, given as a path or a package resource."""
     return tomllib.loads(file.read_text(encoding="utf-8"))

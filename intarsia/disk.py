@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all; damaged files and full disks as errors of the user's.
+"""Files and folders that appear whole or not at all; damaged files and full disks as user errors.
 
-A folder is filled in a staging folder beside its place, flushed to disk, and published by one rename. An error, a
-full disk or an interrupt removes the staging folder; one that a killed process left is removed by the next run for the
-same place. A lock on the staging folder shows whether its run is alive.
+A folder is filled in a staging folder beside its destination, flushed to disk, and published by one rename. An error, a
+full disk or an interrupt removes the staging folder; the next run for the same destination removes one left by a killed
+process. A lock on the staging folder shows whether its run is alive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SPARE_BYTES = 64 * 2**20
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk, whichever library raises it, into a user's error.
+    """Turn the error of a full disk, from any library, into a user error.
 
     Raises:
         UserError: the disk is full.
@@ -39,7 +39,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch report a failed write only in words; then look at the disk itself.
+        # safetensors and torch report a failed write only in the message; then look at the disk itself.
         known = isinstance(error, OSError) and error.errno in _FULL
         guessed = not isinstance(error, OSError) and (
             "No space left" in str(error) or ("write" in str(error) and _free(folder) < _NEXT_TO_NOTHING)
@@ -48,7 +48,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{folder} is on a full disk.",
-            "Free some space and give the same command again: what was finished is kept.",
+            "Free some space and run the same command again; finished work is kept.",
         ) from error
 
 
@@ -56,8 +56,8 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
     """Refuse a disk that is too small, before any work.
 
     Args:
-        folder: where `what` will be; it need not exist yet.
-        where: the place for the message, if it is another.
+        folder: the place of `what`; it need not exist yet.
+        where: the place in the message, if it differs.
         option: the option that sets it, if there is one.
 
     Raises:
@@ -74,7 +74,7 @@ def require_room(folder: Path, nbytes: int, what: str, *, where: Path | None = N
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` that replaces it when the block succeeds, and is deleted when it fails.
+    """Yield a temporary file beside `path` that replaces it if the block succeeds, and is deleted if it fails.
 
     Raises:
         UserError: the disk is full; `path` is unchanged.
@@ -115,10 +115,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def damage_named(file: str | Path, *, expected: str, remedy: str) -> Iterator[None]:
-    """Turn errors of reading or parsing `file` into a user's error.
+    """Turn errors of reading or parsing `file` into a user error.
 
     Raises:
-        UserError: with what was found; one that is raised inside stays as it is.
+        UserError: with what was found; one raised inside passes unchanged.
     """
     try:
         yield
@@ -133,7 +133,7 @@ def read_json(file: Path, *, expected: str, remedy: str) -> dict[str, Any]:
     """Read a file with one JSON object.
 
     Raises:
-        UserError: there is no such file, or something else in it.
+        UserError: there is no such file, or it holds something else.
     """
     with damage_named(file, expected=expected, remedy=remedy):
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def append_line(path: Path, line: str) -> None:
         UserError: the disk is full; the log is unchanged.
     """
     data = memoryview(f"{line}\n".encode())
-    # Unbuffered: there is nothing left to flush, and to fail, when the file is closed.
+    # Unbuffered, so that closing the file cannot fail.
     with full_disk_named(path.parent), path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
@@ -177,17 +177,17 @@ def staged_folder(
     sign: str = "config.json",
     inputs: Collection[Path] = (),
 ) -> Iterator[Path]:
-    """A staging folder to fill, which becomes `out` when the block ends without an error.
+    """Yield a staging folder, which becomes `out` if the block ends without an error.
 
     Args:
-        out: the folder. Missing parents are made.
-        overwrite: replace a folder that is there. The old one stays until the new one is complete.
+        out: the folder; missing parents are created.
+        overwrite: replace an existing folder, once the new one is complete.
         nbytes: its size, to refuse a disk that is too small before any work.
         sign: `overwrite` only replaces folders that are empty or hold a file of this name.
-        inputs: files and folders that are read, which `out` must not touch.
+        inputs: files and folders that the command reads, which `out` must not touch.
 
     Raises:
-        UserError: `out` exists, is an input, cannot be made, or the disk is full.
+        UserError: `out` exists, is an input, cannot be created, or the disk is full.
     """
     place = Path(os.path.realpath(out))
     check_no_input(out, inputs)
@@ -231,7 +231,7 @@ def check_out(
     sign: str = "config.json",
     inputs: Collection[Path] = (),
 ) -> None:
-    """Whether `out` can be written, asked before any work.
+    """Check that `out` can be written, before any work.
 
     Raises:
         UserError: see `staged_folder`.
@@ -248,10 +248,10 @@ def check_out(
 
 
 def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
-    """Whether a file can be written, asked before any work.
+    """Check that a file can be written, before any work.
 
     Raises:
-        UserError: it is there already, is a folder, or the disk is too small.
+        UserError: it exists already, is a folder, or the disk is too small.
     """
     check(
         (not out.is_dir(), f"The output {out} is a folder.", "Name a file."),
@@ -266,37 +266,37 @@ def check_file(out: Path, *, overwrite: bool, nbytes: int = 0) -> None:
 
 
 def check_no_input(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output file or folder that is an input, holds one or lies in one, by whatever link or name.
+    """Refuse an output that is an input, contains one or lies in one, by any link or name.
 
     Raises:
-        UserError: it is one of these.
+        UserError: it is.
     """
     place = Path(os.path.realpath(out))
     for path in inputs:
         if not path.exists():
             continue
-        # A link is lost with the folder that it is in, though what it leads to is elsewhere.
+        # Replacing a folder deletes the links in it, even if their targets are elsewhere.
         link = Path(os.path.realpath(path.parent)) / path.name
         around = place in Path(os.path.realpath(path)).parents or place in (link, *link.parents)
-        # The same folder may have several names without a link: mounted twice, or in a file system that ignores case.
+        # One folder may have several names without a link: mounted twice, or on a file system that ignores case.
         if around or any(os.path.samefile(above, path) for above in (place, *place.parents) if above.exists()):
             raise UserError(
-                f"The output {out} is, holds or lies in {path}, which is read.", "Choose a place outside of it."
+                f"The output {out} is, contains or lies in the input {path}.", "Choose a place outside of it."
             )
 
 
 def check_room(out: Path, nbytes: int) -> None:
-    """Whether a file or folder of `nbytes` has room where `out` is to be.
+    """Check that there is disk space for an `out` of `nbytes`.
 
     Raises:
         UserError: the disk is too small.
     """
-    # Of what is replaced only the parent's disk counts: there the new one is made.
+    # A replaced folder may be on another disk, but the new one is created on its parent's disk.
     require_room(Path(os.path.realpath(out)).parent, nbytes, "the output", where=out)
 
 
 def let_go(array: Any) -> None:
-    """Release the pages of a mapped array; they are read again when they are needed."""
+    """Release the pages of a mapped array; they are read again when needed."""
     inner: Any = array
     while inner is not None:
         pages = getattr(inner, "_mmap", None)
@@ -317,10 +317,10 @@ def _check_replaceable(out: Path, place: Path, overwrite: bool, sign: str) -> No
         )
     here = Path.cwd()
     if place == here or place in here.parents:
-        raise UserError(f"The output {out} is or holds the folder that you are working in.", remedy)
+        raise UserError(f"The output {out} is or contains the working directory.", remedy)
     if any(place.iterdir()) and not (place / sign).exists():
         raise UserError(
-            f"{out} has no {sign}, so it holds something else, and --overwrite deletes what it replaces.",
+            f"{out} has no {sign}, so --overwrite does not delete it.",
             remedy,
         )
 
@@ -338,7 +338,7 @@ def _cannot_write(place: Path, error: OSError) -> UserError:
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock, released with this process at the latest; None where folders cannot be locked.
+    """A lock, released with this process at the latest; None if folders cannot be locked.
 
     Raises:
         BlockingIOError: a live process holds it.
@@ -367,13 +367,13 @@ def _make_staging(place: Path) -> tuple[Path, int | None]:
             lock = _lock(staging)
             if staging.exists():
                 return staging, lock
-            # Another run took it for a dead one's between mkdir and lock.
+            # Another run removed it as a dead one's between mkdir and lock.
             if lock is not None:
                 os.close(lock)
 
 
 def _recover(place: Path) -> None:
-    """Put right what killed runs for the same place left."""
+    """Clean up after killed runs for the same destination."""
     for old in place.parent.glob(f".{glob.escape(place.name)}.old-*"):
         if place.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Errors of a user's input: one sentence, and one hint.
 
 All problems of an input are reported at once. The command line prints them without a traceback and exits with code 2;
-any other exception is a defect of ours (code 1).
+any other exception is a bug in Intarsia (code 1).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input."""
+    """One problem of an input."""
 
-    # What is wrong, as one sentence.
+    # The problem, in one sentence.
     message: str
-    # What to do about it, as one sentence.
+    # The remedy, in one sentence.
     hint: str = ""
 
     def __str__(self) -> str:
@@ -40,11 +40,11 @@ class UserError(ValueError):
 
 
 Rule: TypeAlias = tuple[bool, str, str]
-"""Whether it holds, the message if not, and the hint."""
+"""A rule: whether it holds, and the message and hint if it does not."""
 
 
 def check(*rules: Rule) -> None:
-    """Check all of these rules.
+    """Check all given rules.
 
     Raises:
         UserError: with every rule that does not hold.
@@ -54,10 +54,10 @@ def check(*rules: Rule) -> None:
 
 
 def at_least(least: float, hint: str = "Give a larger number.", **numbers: float | None) -> list[Rule]:
-    """Rules for options that are numbers or None, each by the name of its flag."""
+    """Rules for numeric options, by flag; None counts as not given."""
     flags = {name: f"--{name.replace('_', '-')}" for name in numbers}
     return [
-        (number is None or number >= least, f"{flags[name]} is {number}; it is at least {least}.", hint)
+        (number is None or number >= least, f"{flags[name]} is {number}; it must be at least {least}.", hint)
         for name, number in numbers.items()
     ]
 
@@ -78,23 +78,23 @@ class Problems(list[Problem]):
         self.append(Problem(message, hint))
 
     def raise_any(self, *, most: int | None = None) -> None:
-        """Raise them as one error, if there are any; all of them, or the first `most`."""
+        """Raise all problems, or the first `most`, as one error, if there are any."""
         if self:
             raise UserError(list(dict.fromkeys(self))[:most])
 
 
 def mismatch(where: str | Path, expected: str, found: str, hint: str = "") -> Problem:
-    """The problem of an input in which something else was found than expected."""
+    """The problem that an input has something else than expected."""
     return Problem(f"{where}: expected {expected}; found {found}.", hint)
 
 
 def in_words(error: BaseException) -> str:
-    """The kind and the message of an error, on one line of at most 300 characters."""
+    """The type and message of an error, on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
 
 
 def few(names: Sequence[str], most: int = 5, *, between: str = ", ") -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -104,9 +104,9 @@ def missing_package(
     """The error for an optional package that cannot be imported.
 
     Args:
-        where: what needs it; `extra` of Intarsia has it.
-        instead: what else can be done, if anything.
-        error: of the import, if it was tried: an installed package may be broken.
+        where: what needs it; it is in the extra `extra` of Intarsia.
+        instead: an alternative, if there is one.
+        error: of the import, if it was tried, as an installed package may be broken.
     """
     or_else = f", or {instead}" if instead else ""
     first_line = "" if error is None else str(error).partition("\n")[0]

@@ -1,14 +1,14 @@
 """Dataclass fields as flags: names, help, conversion, plain data.
 
-A field needs nothing but its type, its default and its comment:
+A field needs only its type, default and comment:
 
     @dataclass(frozen=True, kw_only=True)
     class ComeSettings:
-        # Adjacent layers that become one in a step.
+        # Adjacent layers to merge in a step.
         merge: int = 2
 
-is `--merge` on the command line and `merge:` in a config file, with the comment as its help. `flag()` instead of the
-default gives it other names, or says how its text is read. Nothing here knows the library that parses a command line.
+is `--merge` on the command line and `merge:` in a config file, with the comment as help. Use `flag()` as the default
+for other names, or another conversion. This module is independent of the library that parses the command line.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _TOKENS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 class Flag:
     """The flags and help of a field (by `flag()`) or of a verb's parameter (in `Annotated[...]`)."""
 
-    # Its flags, with dashes, the main one first; () makes one of the field's name.
+    # Its flags with dashes, the main one first; () derives one from the field's name.
     names: tuple[str, ...] = ()
-    # One or two sentences; a field says it in its comment instead.
+    # One or two sentences; for a field its comment.
     help: str = ""
     # The placeholder of the value in the help.
     metavar: str | None = None
-    # Whether it is given without a flag.
+    # Whether it is a positional argument.
     positional: bool = False
-    # Parses its text, where the type alone is not enough; raises UserError.
+    # Parses its text, if the type is not enough; raises UserError.
     parse: Callable[[str], Any] | None = None
     # Whether commas separate the items of a list.
     commas: bool = True
 
 
 def flag(default: Any = MISSING, *names: str, metavar: str | None = None, **how: Any) -> Any:
-    """A dataclass field with flags of its own; see `Flag` for what else may be given."""
+    """A dataclass field with explicit flags; see `Flag` for the other arguments."""
     return dataclasses.field(default=default, metadata={"flag": Flag(names=names, metavar=metavar, **how)})
 
 
@@ -60,19 +60,19 @@ class Option:
     # The field or parameter.
     attribute: str
     annotation: Any
-    # MISSING where it must be given.
+    # MISSING if it is required.
     default: Any
     help: str
     flag: Flag
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All flags of it, with dashes."""
+        """All its flags, with dashes."""
         return self.flag.names or (f"--{self.attribute.replace('_', '-')}",)
 
     @property
     def key(self) -> str:
-        """Its name in a config file: the flag without dashes; of a positional, the attribute."""
+        """Its name in a config file: the flag without dashes; for a positional, the attribute."""
         long = next((name for name in self.names if name.startswith("--")), self.names[0])
         return self.attribute if self.flag.positional else long.lstrip("-")
 
@@ -83,7 +83,7 @@ class Option:
 
     @property
     def kind(self) -> Any:
-        """The type of its value, or of one item of it, without None."""
+        """The type of its value, or of one item, without None."""
         kind = _without_none(self.annotation)
         return get_args(kind)[0] if get_origin(kind) in (tuple, list) else kind
 
@@ -130,7 +130,7 @@ class Option:
             ) from None
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that set it to this value."""
+        """The command-line arguments for this value."""
         if isinstance(value, bool):
             return [f"--{self.key}" if value else f"--no-{self.key}"]
         texts = [_text(item) for item in value] if self.many and value is not None else [_text(value)]
@@ -144,20 +144,20 @@ class Part:
     """One parameter of a verb: a value object, a choice of methods, or a plain value."""
 
     name: str
-    # MISSING where it must be given.
+    # MISSING if it is required.
     default: Any
     # A dataclass, whose fields are flags.
     values: type | None = None
     # Methods of one kind, an `intarsia.registry.Kind`.
     choices: Any = None
-    # Of a plain value.
+    # The option of a plain value.
     option: Option | None = None
     # Whether it is a `*parameter`.
     rest: bool = False
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """Its flags; those of a choice depend on what is chosen."""
+        """Its flags; those of a choice depend on the chosen method."""
         if self.option is not None:
             return (self.option,)
         return () if self.values is None else options_of(self.values, self.default)
@@ -209,7 +209,7 @@ def from_plain(kind: type, given: Mapping[str, Any], *, where: str = "", default
     """An instance of a settings dataclass from plain data; keys are names of fields or flags, with `-` or `_`.
 
     Raises:
-        UserError: with every key and value that is wrong.
+        UserError: with every wrong key and value.
     """
     problems, values = Problems(), {}
     options = {option.attribute: option for option in options_of(kind)}
@@ -240,10 +240,10 @@ def plain(value: Any) -> Any:
 
 
 class Result:
-    """Base of the result of a verb, a dataclass whose `to_dict()` is what `--json` prints."""
+    """Base of the result of a verb, a dataclass; `--json` prints its `to_dict()`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data; `push` only where something was sent."""
+        """As plain data, with `push` only after an upload."""
         found: dict[str, Any] = plain(self)
         return {key: value for key, value in found.items() if key != "push" or value is not None}
 
@@ -255,7 +255,7 @@ def field_comments(kind: type) -> dict[str, str]:
     for base in reversed(kind.__mro__):
         lines, comment = [], list[str]()
         if dataclasses.is_dataclass(base):
-            with suppress(OSError, TypeError):  # where there is no source there is no help
+            with suppress(OSError, TypeError):  # no source, no help
                 lines = inspect.getsource(base).splitlines()
         for line in lines:
             if line.lstrip().startswith("#"):
@@ -308,7 +308,7 @@ def token_count(text: str) -> int:
 
 
 def _count(text: str, units: Mapping[str, int], expected: str) -> int:
-    """A positive number before a unit, in ones."""
+    """A positive number times its unit."""
     digits = text.strip().rstrip("BGIKMbgikm ")
     unit = text.strip()[len(digits) :].strip().upper()
     try:

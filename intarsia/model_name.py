@@ -1,7 +1,7 @@
-"""What a user calls a model: `demo`, a folder or GGUF file here, or a hub id. Looked at without reading anything.
+"""Names of models: `demo`, a local folder or GGUF file, or a hub id; handled without reading files.
 
-A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. In front of a folder or hub id, `dequantize:` lets 8-bit weights be
-read as ordinary ones; recipes of the first version have it in their models' names.
+A GGUF file on the hub is `OWNER/NAME/FILE.gguf`. The prefix `dequantize:` of a folder or hub id reads 8-bit weights as
+ordinary ones; recipes of the first version have it in their models' names.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ _HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/([\w.-]+\.gguf)
 
 
 def check_model(model: str) -> None:
-    """Refuse what can be no model: no folder or GGUF file here, no hub id, and not `demo`.
+    """Refuse names that are no folder, GGUF file or hub id, and not `demo`.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is none of these.
     """
     path = local_path(model)
     is_here = path is not None and (path.is_dir() or path.suffix == GGUF)
     if plain_name(model) != DEMO and not is_here and (path is not None or hub_id(model) is None):
         raise UserError(
             f"There is no model {model!r}: it is "
-            f"{'no file or folder here' if path is None else 'a file, but no GGUF file'}, no hub id, and not `demo`.",
+            f"{'not a local file or folder' if path is None else 'a file, but not GGUF'}, nor a hub id, nor `demo`.",
             "Check the path; a model is the folder that holds config.json and the .safetensors files.",
         )
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse what is no folder.
+    """Refuse a path that is not a folder.
 
     Raises:
-        UserError: it is a file, or nothing.
+        UserError: it is a file, or does not exist.
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is {'a file, not a model folder' if folder.exists() else 'not there'}.",
-            "Pass the folder that holds config.json and the .safetensors files.",
+            f"{folder} {'is a file, not a model folder' if folder.exists() else 'does not exist'}.",
+            "Give the folder that holds config.json and the .safetensors files.",
         )
 
 
 def plain_name(model: str) -> str:
-    """A model's name as recipes keep it, without `dequantize:`."""
+    """A model's name without the prefix `dequantize:`."""
     return model.removeprefix(_DEQUANTIZE)
 
 
 def local_path(model: str) -> Path | None:
-    """The file or folder of that name; None where there is none. `demo` is never one, but `./demo` is."""
+    """The file or folder of a name; None if there is none. `demo` is never one, but `./demo` is."""
     name = plain_name(model)
     path = Path(os.path.expanduser(name))
     return path if name and name != DEMO and path.exists() else None
 
 
 def lasting(model: str) -> str:
-    """The name as a recipe keeps it: a local path is made absolute."""
+    """The name for a recipe: local paths become absolute."""
     path = local_path(model)
     return plain_name(model) if path is None else str(path.resolve())
 
 
 def hub_id(model: str) -> str | None:
-    """The model's id on the hub; None for a local one and for what is no such id."""
+    """The model's id on the hub; None for a local model and for invalid ids."""
     name = plain_name(model)
     if name == DEMO or local_path(model) is not None:
         return None

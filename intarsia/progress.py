@@ -1,16 +1,16 @@
-"""Progress of long work, shown where somebody watches.
+"""Progress display and log lines of long work.
 
     with progress.current().task("Score layers", total=30) as task:
         task.advance()
 
-Tasks nest: an inner task moves the outer one by a part of a unit, so that one bar shows the whole job. A command with
-parts of different cost is a job:
+Tasks nest: an inner task advances the outer one by a part of a unit, so that one bar shows the whole job. A command
+with parts of different cost is a job:
 
     with progress.job({"text": 3, "planning": 12, "evaluation": 5}) as job:
         with job.part("planning"):
             ...
 
-A library call is silent; the command line shows a bar on a terminal, and a line every half minute elsewhere.
+Library calls are silent; the command line shows a bar on a terminal, and a line every half minute elsewhere.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Task:
-    """One piece of long work that is under way; this one shows nothing."""
+    """A running task; this base class shows nothing."""
 
     def advance(self, n: float = 1.0) -> None:
-        """Count `n` more units of the task as done."""
+        """Count `n` more units as done."""
 
     def note(self, text: str) -> None:
-        """Show a few words on the present step beside the bar, in place of the words before."""
+        """Show a few words on the current step beside the bar, replacing the last ones."""
 
 
 class Progress:
-    """Where long work reports to; this one shows nothing, and is the default of every library call."""
+    """Receives the reports of long work; this base class shows nothing, and is the default of library calls."""
 
     def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
-        """Start a task of `total` units that is `units` of the task around it; leaving the context ends it."""
+        """Start a task of `total` units that counts as `units` of the enclosing task; leaving the context ends it."""
         return nullcontext(Task())
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a log line."""
 
 
 _CURRENT: ContextVar[Progress] = ContextVar("progress", default=Progress())  # noqa: B039  (it has no state)
 
 
 def current() -> Progress:
-    """The progress that this context reports to."""
+    """The progress of the current context."""
     return _CURRENT.get()
 
 
 @contextmanager
 def reporting_to(progress: Progress) -> Iterator[Progress]:
-    """Let the work inside report to `progress`."""
+    """Report the work inside to `progress`."""
     token = _CURRENT.set(progress)
     try:
         yield progress
@@ -67,13 +67,13 @@ def reporting_to(progress: Progress) -> Iterator[Progress]:
 
 
 def shown(*, quiet: bool = False, stream: TextIO | None = None) -> AbstractContextManager[Progress]:
-    """Show the work inside as suits where stderr goes; not at all if `quiet`."""
+    """Show the work inside in a form that suits stderr; nothing if `quiet`."""
     return reporting_to(Progress() if quiet else Display(stream or sys.stderr))
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and warnings from transformers, in pipes neither: ours stand for them."""
+    """Silence bars and warnings of transformers, which ours replace."""
     from transformers.utils import logging as module
 
     logging: Any = module  # it has no annotations
@@ -89,19 +89,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class Job:
-    """A job of named parts, which are worked on in their order; a part may be left out or entered again."""
+    """A job of named parts in a fixed order; a part may be skipped or entered again."""
 
     def __init__(self, weights: Mapping[str, float], task: Task, clock: Callable[[], float] = time.monotonic) -> None:
-        # What each part costs, in one unit for all: passes over the text, estimated.
+        # Estimated cost of each part, in passes over the text.
         self.weights = dict(weights)
-        # What each part took, in the order in which they were first entered.
+        # Seconds of each part, in the order of first entry.
         self.seconds: dict[str, float] = {}
         self._task, self._clock = task, clock
         self._left = dict(weights)
 
     @contextmanager
     def part(self, name: str, total: float = 1.0) -> Iterator[Task]:
-        """Work on a part of `total` tasks; parts before it that were left out count as done."""
+        """Work on a part of `total` tasks; skipped parts before it count as done."""
         for earlier in list(self.weights)[: list(self.weights).index(name)]:
             self._task.advance(self._left.pop(earlier, 0.0))
         units, started = self._left.pop(name, 0.0), self._clock()
@@ -115,22 +115,22 @@ class Job:
 
 @contextmanager
 def job(weights: Mapping[str, float]) -> Iterator[Job]:
-    """One job with one bar: its parts in their order, with the estimated passes of each."""
+    """One job with one bar: its parts in order, with the estimated passes of each."""
     with current().task("", sum(weights.values())) as task:
         yield Job(weights, task)
 
 
 class Pace:
-    """How fast a task advances, and so how long the rest takes.
+    """The rate of a task, and the estimated time left.
 
-    The rate is that of the last two minutes, or of the last third of the task where that is longer. Work that was
-    done in an earlier run takes no time; it does not count. The time left is shown only after three seconds,
-    and moves toward a new estimate by at most a factor of two in half a minute.
+    The rate is that of the last two minutes, or of the last third of the task if that is longer. Work of an earlier
+    run takes no time, and does not count. The time left is shown only after three seconds, and moves toward a new
+    estimate by at most a factor of two in half a minute.
     """
 
     WINDOW_SECONDS, WINDOW_SHARE = 120.0, 1 / 3
     MARKS, MARK_SECONDS = 3, 1.0
-    RESUMED = 4.0  # a mark this many times faster than the median is work that was already done
+    RESUMED = 4.0  # a step this many times faster than the median was done before
     HALVES_IN_SECONDS = 30.0
 
     def __init__(self, total: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -139,11 +139,11 @@ class Pace:
         # Seconds and units between advances, in pieces of at least a second.
         self._marks: deque[tuple[float, float]] = deque()
         self._last = (self.started, 0.0)
-        # When the time left was shown, and what.
+        # When the time left was last shown, and its value.
         self._shown: tuple[float, float] | None = None
 
     def reach(self, done: float) -> None:
-        """Record that `done` units are done; never less than before."""
+        """Record that `done` units are done; it never falls."""
         now, (then, done_then) = self._clock(), self._last
         self.done = max(self.done, done)
         if self.done > done_then and now - then >= self.MARK_SECONDS:
@@ -160,17 +160,17 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """The part that is done, 0 to 1."""
+        """The finished share, from 0 to 1."""
         return min(1.0, self.done / self.total) if self.total > 0 else 1.0
 
     def left(self) -> float | None:
-        """Seconds that the rest takes, as they are shown now; None where too little is known yet."""
+        """Seconds left, as shown; None if too little is known yet."""
         if len(self._marks) < self.MARKS:
             return None
         now = self._clock()
         usual = statistics.median(done / seconds for seconds, done in self._marks)
         marks = [(seconds, done) for seconds, done in self._marks if done <= self.RESUMED * usual * seconds]
-        # A step that takes longer than any before makes the rate smaller.
+        # A step that takes longer than any before lowers the rate.
         waited = now - self._last[0]
         seconds, done = sum(mark[0] for mark in marks), sum(mark[1] for mark in marks)
         late = max(0.0, waited - max(mark[0] for mark in marks))
@@ -184,7 +184,7 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Seconds in words: `8 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -194,7 +194,7 @@ def duration(seconds: float) -> str:
 
 
 class _Shown(Task):
-    """A task on the display; the share of a task inside it counts as `units` of its units."""
+    """A task on the display; its whole counts as `units` of the enclosing task."""
 
     def __init__(self, display: Display, title: str, total: float, units: float) -> None:
         self.title, self.total, self.units, self.words = title, total, units, ""
@@ -211,7 +211,7 @@ class _Shown(Task):
 
 
 class Display(Progress):
-    """One bar for all tasks on a terminal; elsewhere at most a line every half minute, with no control characters."""
+    """One bar for all tasks on a terminal; elsewhere at most a line every half minute, without control characters."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
@@ -250,10 +250,10 @@ class Display(Progress):
             print(text, file=self._stream, flush=True)
 
     def moved(self) -> None:
-        """Show where the job is now."""
+        """Show the current state of the job."""
         if not self._tasks:
             return
-        inner = 0.0  # units of the task that is looked at
+        inner = 0.0  # finished units of the inner task
         for task in reversed(self._tasks):
             share = min(1.0, (task.done + inner) / task.total) if task.total > 0 else 0.0
             inner = share * task.units

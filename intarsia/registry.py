@@ -12,9 +12,9 @@
     @engine("evolve", settings=EvolveSettings)
     class Evolve: ...
 
-What is built in is found by listing the modules of one package for each kind, when a name is first looked up. Such a
-module imports torch inside its functions, because `--help` reads its settings. What others write comes from
-`load_plugin`, from a package with an entry point in the group `intarsia.plugins`, or by importing it in Python.
+Built-in entries are found by listing the modules of one package for each kind, at the first lookup. Such a module
+imports torch inside its functions, because `--help` reads its settings. Third-party entries come from `load_plugin`,
+from a package with an entry point in the group `intarsia.plugins`, or from an import in Python.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 GROUP = "intarsia.plugins"
 PRESETS = "presets"
-"""A settings class may have it: a mapping of preset names to values of its fields, for `--preset NAME`."""
+"""Optional attribute of a settings class: for each preset name the values of its fields, for `--preset NAME`."""
 
 _NAME_AND_OPTIONS = re.compile(r"\s*([^\[\]]+?)\s*(?:\[([^\[\]]*)\])?\s*")
 _OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]]*\])")
@@ -70,7 +70,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A registered entry that was chosen, with its settings."""
+    """A chosen entry with its settings."""
 
     entry: Entry
     settings: Any = None
@@ -81,14 +81,14 @@ class Chosen:
 
     @property
     def label(self) -> str:
-        """The name, with the settings that differ from the defaults: `come-p[spans=1]`."""
+        """The name with all non-default settings: `come-p[spans=1]`."""
         options = () if self.settings is None else options_of(type(self.settings))
         pairs = ((option, getattr(self.settings, option.attribute)) for option in options)
         words = [f"{option.key}={_written(value)}" for option, value in pairs if value != option.default]
         return f"{self.name}[{','.join(words)}]" if words else self.name
 
     def create(self, *arguments: Any) -> Any:
-        """Call the class or function: with `arguments`, and the settings where it has some."""
+        """Call the class or function with `arguments`, and the settings if it has any."""
         return self.entry.object(*arguments, *([] if self.settings is None else [self.settings]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Kind:
     """All registered entries of one kind.
 
     Attributes:
-        noun: the name of one of them, for messages.
+        noun: what one entry is called in messages.
         flag: the option that chooses one.
         many: whether several may be chosen, in order.
     """
@@ -117,12 +117,12 @@ class Kind:
 
     def by(self, flag: str) -> Kind:
         """The same entries, chosen by another option."""
-        other = copy(self)  # with the same dictionary
+        other = copy(self)  # shares the dictionary
         other.flag = flag
         return other
 
     def register(self, name: str, settings: type | None = None, **facts: Any) -> Callable[[T], T]:
-        """Decorate a class or function to make it known by `name`."""
+        """A decorator that registers a class or function as `name`."""
 
         def known(thing: T) -> T:
             entry = Entry(name=name, object=thing, settings=settings, facts=facts)
@@ -132,7 +132,7 @@ class Kind:
                     f"The {self.noun} {name} is defined twice: by {_home(before.object)} and by {_home(thing)}.",
                     "Give one of them another name.",
                 )
-            assert settings is None or dataclasses.is_dataclass(settings), f"the settings of {name} are no dataclass"
+            assert settings is None or dataclasses.is_dataclass(settings), f"the settings of {name} must be a dataclass"
             self._entries[name] = entry
             return thing
 
@@ -151,7 +151,7 @@ class Kind:
         return name in self._entries
 
     def get(self, name: str) -> Entry:
-        """The entry of this name.
+        """The entry with a name.
 
         Raises:
             UserError: there is none.
@@ -159,7 +159,7 @@ class Kind:
         self._find()
         if name not in self._entries:
             near = get_close_matches(name, self.names, n=1)
-            known = f"Known are: {', '.join(self.names) or 'none'}."
+            known = f"The known ones are: {', '.join(self.names) or 'none'}."
             raise UserError(f"There is no {self.noun} {name!r}.", f"Did you mean {near[0]}? {known}" if near else known)
         return self._entries[name]
 
@@ -174,7 +174,7 @@ class Kind:
     def choose(self, choice: Any) -> Any:
         """The entry and settings for a name, `name[option=value,...]`, a settings object, or a `Chosen`.
 
-        Where several may be chosen: a tuple, of a list of these or of names with commas between; `none` is none.
+        If several may be chosen: a tuple, for a list of these or a comma-separated text; `none` is the empty one.
 
         Raises:
             UserError: with every problem.
@@ -204,9 +204,7 @@ class Kind:
             return self._of_settings(choice)
         form = _NAME_AND_OPTIONS.fullmatch(choice)
         if form is None:
-            raise UserError(
-                f"{choice!r} is no {self.noun} with options.", "Write it like NAME or NAME[option=value,...]."
-            )
+            raise UserError(f"{choice!r} is not a {self.noun} with options.", "Write NAME or NAME[option=value,...].")
         entry = self.get(form[1])
         words = [word for word in (form[2] or "").split(",") if word.strip()]
         if entry.settings is None:
@@ -220,7 +218,7 @@ class Kind:
         owners = [entry for entry in self if entry.settings is type(settings)]
         if len(owners) != 1:
             names = ", ".join(entry.name for entry in owners)
-            found = f"the settings of {names} alike" if owners else f"no {self.noun} and no settings of one"
+            found = f"the settings of each of {names}" if owners else f"not a {self.noun}, nor the settings of one"
             raise UserError(f"{type(settings).__name__} is {found}.", f"Name the {self.noun}: {', '.join(self.names)}.")
         return Chosen(entry=owners[0], settings=settings)
 
@@ -267,9 +265,9 @@ def heal_stage(
     """Register a heal stage: a function of context, recipe and settings that gives a recipe.
 
     Args:
-        whole_model: whether it trains all layers at once: in every launched process, and not streamed.
-        check: called with the settings before any work; raises UserError where something that it needs is missing.
-        memory: bytes that it takes at least, by the settings, the parameters of the healed model, and the bytes of the
+        whole_model: whether it trains all layers at once, in every launched process, and never streamed.
+        check: called with the settings before any work; raises UserError if a requirement is missing.
+        memory: least memory in bytes, from the settings, the parameters of the healed model, and the bytes of the
             original's weights.
     """
     return heal_stages.register(name, settings, whole_model=whole_model, check=check, memory=memory, paper=paper)
@@ -288,17 +286,17 @@ def merge_op(
 ) -> Callable[[T], T]:
     """Register a merge operator: a function of tensors, weights and base; keyword-only parameters are its options.
 
-    A parameter `generators` gets a `torch.Generator` for each tensor, and gives the operator the option `seed`. An
-    underscore at the end of a parameter's name is not part of the option's: `lambda_`.
+    A parameter `generators` gets a `torch.Generator` for each tensor, and adds the option `seed`. A trailing underscore
+    of a parameter's name is not part of the option's: `lambda_`.
 
     Args:
-        needs_base: whether it works on differences from the base model's layer.
-        sources: how many layers at least and at most may have a weight other than 0.
-        weights: what they must be: `finite`, `positive`, `equal`, or `sum 1`.
-        search: what a search tries: the least and the greatest value of each option. What is no option of the operator
-            decides its weights: `lead` is the first one (they sum to 1, the others are equal), `lambda` all of them.
-        settle: makes options of what a search tries, where they are not the same.
-        rule: says what is expected of options together, where that does not hold.
+        needs_base: whether it works on differences to the base model's layer.
+        sources: least and greatest number of layers with a nonzero weight.
+        weights: their condition: `finite`, `positive`, `equal`, or `sum 1`.
+        search: the range of each option in a search. Names that are not options of the operator set its weights:
+            `lead` the first one (they sum to 1, the others are equal), `lambda` all of them.
+        settle: converts searched values to options, if they differ.
+        rule: returns the expectation that a combination of options violates, if any.
     """
     facts: dict[str, Any] = {"needs_base": needs_base, "sources": sources, "weights": weights, "search": search or {}}
     return merge_ops.register(name, **facts, settle=settle, rule=rule, paper=paper)
@@ -314,7 +312,7 @@ _announced = False
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a user's file, which registers what it defines, once.
+    """Run a user's file once; it registers its definitions.
 
     Raises:
         UserError: there is no such file, or it fails.
@@ -323,11 +321,13 @@ def load_plugin(path: str | Path) -> None:
     if str(file) in _LOADED:
         return
     if not file.is_file():
-        raise UserError(f"--plugin {path} is no file.", "Give a Python file that registers a method, stage or engine.")
+        raise UserError(
+            f"--plugin {path} is not a file.", "Give a Python file that registers a method, stage, operator or engine."
+        )
     name = f"intarsia_plugin_{file.stem}_{sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"--plugin {path} is no Python file.", "Give one that ends in .py.")
+        raise UserError(f"--plugin {path} is not a Python file.", "Give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look it up there
     try:
@@ -336,13 +336,13 @@ def load_plugin(path: str | Path) -> None:
         del sys.modules[name]
         if isinstance(error, UserError):
             raise
-        found = f"--plugin {path} fails with {type(error).__name__}: {error}."
-        raise UserError(found, "Run it with Python to see where.") from error
+        found = f"--plugin {path} failed with {type(error).__name__}: {error}."
+        raise UserError(found, "Run it with Python to see the traceback.") from error
     _LOADED[str(file)] = name
 
 
 def loaded_plugins() -> tuple[str, ...]:
-    """The files that were loaded, for other processes to load too."""
+    """The loaded files, for other processes to load too."""
     return tuple(_LOADED)
 
 
@@ -351,14 +351,14 @@ def _load_announced() -> None:
     global _announced
     if _announced:
         return
-    _announced = True  # before: a plugin that looks something up while it is imported does not import itself again
+    _announced = True  # set first, so that a plugin's lookups during its import do not import it again
     for point in entry_points(group=GROUP):
         try:
             point.load()
         except Exception as error:
             raise UserError(
-                f"The plugin {point.name} ({point.value}) fails with {type(error).__name__}: {error}.",
-                "Repair or uninstall its package.",
+                f"The plugin {point.name} ({point.value}) failed with {type(error).__name__}: {error}.",
+                "Fix or uninstall its package.",
             ) from error
 
 

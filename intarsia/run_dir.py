@@ -1,4 +1,4 @@
-"""One resumable folder, whatever the job: pinned settings, append-only logs, artifacts, and a lock.
+"""The resumable folder of any job: pinned settings, append-only logs, artifacts, and a lock.
 
     run = RunDir(path, option="--run")
     run.check(settings)                      # before heavy work; writes nothing
@@ -7,9 +7,9 @@
         log = run.log()
         for step in ...: log.append({...})   # after its artifacts
 
-A step counts as done when its line is in the log, and its artifacts are written before the line. So the folder is sound
-whenever a job is killed, and the same command resumes after the last line. Runtime options (device, batch size, memory)
-are not pinned: they may differ when a job resumes.
+A step is done when its line is in the log; its artifacts are written before that. So the folder is consistent whenever
+a job is killed, and the same command resumes after the last line. Runtime options (device, batch size, memory) are not
+pinned: they may differ when a job resumes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _SCRATCH = "scratch"
 
 
 class Log:
-    """A file with one JSON object a line; an incomplete last line is ignored."""
+    """A file with one JSON object per line; an incomplete last line is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._whole = False
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every whole line, in order; see `numbered`."""
+        """All complete lines, in order; see `numbered`."""
         return [entry for _, entry in self.numbered()]
 
     def numbered(self) -> list[tuple[int, dict[str, Any]]]:
-        """Every whole line with its number in the file, in order, without blank lines.
+        """All complete lines with their numbers in the file, in order, without blank lines.
 
         Raises:
             UserError: a line is damaged.
@@ -53,7 +53,7 @@ class Log:
         if not self.path.exists():
             return []
         remedy = "Delete the folder and start again."
-        with damage_named(self.path, expected="a log, one JSON object a line", remedy=remedy):
+        with damage_named(self.path, expected="a log with one JSON object per line", remedy=remedy):
             text, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
         found = []
         for number, line in enumerate(text.splitlines(), start=1):
@@ -62,15 +62,15 @@ class Log:
                 with damage_named(f"{self.path}, line {number}", expected="a JSON object", remedy=remedy):
                     entry = json.loads(line)
                     if not isinstance(entry, dict):
-                        raise ValueError("the line holds something else")
+                        raise ValueError("not a JSON object")
                     found.append((number, entry))
         return found
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns.
+        """Append a line; it is on disk when this returns.
 
         Raises:
-            UserError: the disk is full; the log is as it was.
+            UserError: the disk is full; the log is unchanged.
             ValueError: a number in it is not finite.
         """
         line = json.dumps(plain(entry), allow_nan=False)
@@ -81,11 +81,11 @@ class Log:
 
 
 class RunDir:
-    """A folder in which a job is done, resumed, and looked up.
+    """The folder of a job, to run, resume and read it.
 
     Attributes:
-        path: where it is.
-        option: what names it on the command line, for errors.
+        path: its path.
+        option: its option on the command line, for errors.
     """
 
     def __init__(self, path: str | Path, *, option: str = "--run") -> None:
@@ -94,14 +94,14 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: str | Path, *, made_by: str = "intarsia plan MODEL --run DIR") -> RunDir:
-        """A run folder to read.
+        """An existing run folder, for reading.
 
         Raises:
             UserError: there is none.
         """
         run = cls(path)
         if not run.exists():
-            raise UserError(f"{path} is no run folder.", f"Make one with `{made_by}`.")
+            raise UserError(f"{path} is not a run folder.", f"Make one with `{made_by}`.")
         return run
 
     def exists(self) -> bool:
@@ -112,7 +112,7 @@ class RunDir:
         """Check that a job with these settings could start or resume here; writes nothing.
 
         Args:
-            settings: what decides the result. A value of `...` is not known yet, and not compared.
+            settings: all that decide the result. A value of `...` is not known yet, and is not compared.
 
         Raises:
             UserError: the folder holds a job with other settings (with every difference), or something else.
@@ -122,30 +122,30 @@ class RunDir:
                 raise UserError(problems)
         elif name == SETTINGS and self.path.exists() and not self._is_free():
             raise UserError(
-                f"{self.path} exists and is no run folder.", f"Give another {self.option}, or delete it if it is yours."
+                f"{self.path} exists and is not a run folder.", f"Give another {self.option}, or delete it."
             )
 
     @contextmanager
     def opened(self, settings: Mapping[str, Any] | None = None) -> Iterator[RunDir]:
-        """Start or resume the job: this process alone works in the folder, until the block ends.
+        """Start or resume the job, and lock the folder for this process until the block ends.
 
         Args:
-            settings: what decides the result; None where the folder is one already.
+            settings: all that decide the result; None if the folder exists already.
 
         Raises:
-            UserError: as `check`; another process works in it; the disk is full.
+            UserError: as in `check`; another process works in it; the disk is full.
         """
         if settings is not None:
             self.check(settings)
         with full_disk_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / _LOCK, timeout=0)  # the system releases it when the process dies, however it dies
+        lock = FileLock(self.path / _LOCK, timeout=0)  # the system releases it when the process dies
         try:
             lock.acquire()
         except Timeout:
             raise UserError(
                 f"Another process works in the run folder {self.path}.",
-                f"Wait until it ends, or give another {self.option}.",
+                f"Wait until it has finished, or give another {self.option}.",
             ) from None
         try:
             shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
@@ -162,17 +162,17 @@ class RunDir:
             lock.release()
 
     def pin(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Record facts, once; a resumed job must find the same.
+        """Record facts once; a resumed job must have the same.
 
         Raises:
-            UserError: they are others, with every difference.
+            UserError: they differ; with every difference.
         """
         self.check(facts, name=name)
         if not self._pin_path(name).is_file():
             self.write_json(f"{name}.json", facts)
 
     def pinned(self, name: str = SETTINGS) -> dict[str, Any]:
-        """What was recorded under a name."""
+        """The facts recorded under a name."""
         return self.read_json(f"{name}.json")
 
     def log(self, name: str = "log") -> Log:
@@ -180,9 +180,9 @@ class RunDir:
         return Log(self.path / f"{name}.jsonl")
 
     def artifact(self, *parts: str) -> Path:
-        """The path of a file of the job; the folder that it is in is made.
+        """The path of a file of the job; its parent folder is created.
 
-        Write it through `intarsia.disk` (`write_whole`, `replaced`), so that it is whole or not there.
+        Write it through `intarsia.disk` (`write_whole`, `replaced`), so that it appears whole or not at all.
         """
         path = self.path.joinpath(*parts)
         with full_disk_named(self.path):
@@ -190,10 +190,10 @@ class RunDir:
         return path
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write an artifact as JSON; it may be written again.
+        """Write an artifact as JSON, or replace it.
 
         Raises:
-            UserError: the disk is full; the file is as it was.
+            UserError: the disk is full; the file is unchanged.
             ValueError: a number in it is not finite.
         """
         write_whole(self.artifact(name), json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
@@ -202,21 +202,21 @@ class RunDir:
         """A JSON artifact.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: it is missing, or damaged.
         """
         remedy = "The run folder is damaged; delete it and start again."
         return read_json(self.path / name, expected="a JSON object that a run wrote", remedy=remedy)
 
     @property
     def scratch(self) -> Path:
-        """A folder for files that nobody needs after the job, such as hidden states; of whoever holds the lock."""
+        """A folder for temporary files of the job, such as hidden states; for the holder of the lock."""
         return self.artifact(_SCRATCH, "-").parent
 
     def _pin_path(self, name: str) -> Path:
         return self.path / f"{name}.json"
 
     def _is_free(self) -> bool:
-        """Whether there is nothing in it, but what a kill at the start leaves."""
+        """Whether it is empty, except for files that a kill at the start leaves."""
         left = (_LOCK, _SCRATCH)
         return self.path.is_dir() and all(
             entry.name in left or entry.name.startswith(f".{SETTINGS}.json.") for entry in self.path.iterdir()
@@ -226,7 +226,7 @@ class RunDir:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], option: str = "--run", *, prefix: str = ""
 ) -> Iterator[Problem]:
-    """Every setting in which a job that is resumed would differ from how it was started."""
+    """The problem of every setting that differs from the recorded one."""
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if now is ...:

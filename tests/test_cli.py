@@ -198,7 +198,7 @@ def test_what_the_machine_refuses_is_the_users_to_correct(stage: Stage) -> None:
     assert "Permission denied" in result.stderr
 
 
-@pytest.mark.parametrize(("notes", "then"), [(["run folder: run"], "continues"), ([], "starts it again")])
+@pytest.mark.parametrize(("notes", "then"), [(["run folder: run"], "resumes"), ([], "starts it again")])
 def test_interrupted(notes: list[str], then: str, stage: Stage) -> None:
     stop = KeyboardInterrupt()
     stop.__notes__ = notes  # type: ignore[attr-defined]

@@ -374,7 +374,7 @@ class Shop:
 
     @cached_property
     def quiz(self) -> Path:
-        """48 questions whose right answer is how the text goes on."""
+        """48 questions whose right answer is the continuation of the text."""
         rng, words = random.Random(0), families.sample_text(2000, seed=2).replace(".", "").split()
         lines = []
         for number in range(48):

@@ -118,7 +118,7 @@ def test_an_input_is_no_output(verb: str, out: str, place: Path, monkeypatch: py
         with pytest.raises(UserError) as caught:
             CALLS[verb][1](place, where)
         messages = [problem.message for problem in caught.value.problems]
-        assert any(words in messages[0] for words in ("which is read", "deletes what it replaces", "no output folder"))
+        assert any(words in messages[0] for words in ("lies in the input", "does not delete it", "no output folder"))
     assert state(place) == before
 
 

@@ -41,7 +41,7 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
     assert said(caught.value) == [
         "--calibration names no text.",
         "--tokens is 4, less than one sequence of --seq-len 8.",
-        "--seed is -1; it is at least 0.",
+        "--seed is -1; it must be at least 0.",
     ]
     assert all(problem.hint for problem in caught.value.problems)
 
@@ -53,9 +53,9 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
         (Target, {"layers": 0}, "--layers is 0; a model keeps at least 1 layer."),
         (Target, {"sparsity": 1.0}, "--sparsity is 1.0; it is a share between 0 and 1."),
         (Runtime, {"memory": "8XB"}, "--memory is '8XB', which is no size."),
-        (Runtime, {"batch_tokens": 0}, "--batch-tokens is 0; it is at least 1."),
+        (Runtime, {"batch_tokens": 0}, "--batch-tokens is 0; it must be at least 1."),
         (Runtime, {"devices": "cuda:0", "stream": True}, "--devices is given with --device or --stream."),
-        (EvalSpec, {"limit": 0}, "--limit is 0; it is at least 1."),
+        (EvalSpec, {"limit": 0}, "--limit is 0; it must be at least 1."),
         (Output, {"path": ""}, "There is no output folder."),
         (Output, {"path": "o", "private": True}, "--private is given without --push-to-hub."),
         (ModelRef, {"model": ""}, "The model has no name."),

@@ -92,7 +92,7 @@ def test_an_unknown_name_lists_the_known_ones(kind: Kind) -> None:
         kind.get("alpa")
     (problem,) = caught.value.problems
     assert problem.message == "There is no method 'alpa'."
-    assert problem.hint == "Did you mean alpha? Known are: alpha, beta, gamma."
+    assert problem.hint == "Did you mean alpha? The known ones are: alpha, beta, gamma."
 
 
 def test_who_has_an_option(kind: Kind) -> None:
@@ -142,7 +142,7 @@ def test_every_problem_of_several_choices(kind: Kind) -> None:
 
 
 def test_settings_of_nothing(kind: Kind) -> None:
-    with pytest.raises(UserError, match="int is no method and no settings of one"):
+    with pytest.raises(UserError, match="int is not a method, nor the settings of one"):
         kind.choose(3)
 
 
@@ -171,9 +171,9 @@ def test_a_file_of_the_users(tmp_path: Path, clean: None) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is no file"),
-        ("1 / 0", "fails with ZeroDivisionError: division by zero."),
-        ("import nothing_of_that_name", "fails with ModuleNotFoundError"),
+        (None, "is not a file"),
+        ("1 / 0", "failed with ZeroDivisionError: division by zero."),
+        ("import nothing_of_that_name", "failed with ModuleNotFoundError"),
     ],
 )
 def test_a_file_that_cannot_be_loaded(text: str | None, message: str, tmp_path: Path, clean: None) -> None:
@@ -192,7 +192,7 @@ def test_installed_packages_announce_theirs(monkeypatch: pytest.MonkeyPatch, kin
     assert kind.names == ("alpha", "beta", "gamma")
     points[0] = EntryPoint(name="theirs", value="no_such_module", group=registry.GROUP)
     monkeypatch.setattr(registry, "_announced", False)
-    with pytest.raises(UserError, match=r"The plugin theirs \(no_such_module\) fails with ModuleNotFoundError"):
+    with pytest.raises(UserError, match=r"The plugin theirs \(no_such_module\) failed with ModuleNotFoundError"):
         assert Kind("method", "method", "intarsia.errors").names
 
 

@@ -63,10 +63,10 @@ def test_every_other_setting_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is no run folder"), RunDir(tmp_path).opened(SETTINGS):
+    with pytest.raises(UserError, match="is not a run folder"), RunDir(tmp_path).opened(SETTINGS):
         raise AssertionError
     assert os.listdir(tmp_path) == ["letter.txt"]
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         RunDir(tmp_path / "letter.txt").check(SETTINGS)
     with pytest.raises(UserError, match="Make one with `intarsia plan"):
         RunDir.existing(tmp_path)

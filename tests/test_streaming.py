@@ -1,4 +1,4 @@
-"""A model of which one layer at a time is in memory decides and weighs exactly as one that is in memory as a whole."""
+"""A streamed model gives exactly the same decisions and weights as one in memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_walk_that_is_left_early_lets_go_of_what_it_has_read_ahead(llama: Load
 
 
 def wait_for(resident: LoadedModel, layers: int) -> None:
-    """Until so many layers are in memory; fails where that does not come about."""
+    """Wait until this many layers are in memory; fail on a timeout."""
     assert resident.offload is not None
     for _ in range(3000):
         if resident.offload.in_memory == layers:
@@ -290,7 +290,7 @@ def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
 
 
 class OutOfMemory:
-    """Lets a stream's layers run out of memory with more than so many sequences."""
+    """Makes a stream's layers run out of memory above a number of sequences."""
 
     def __init__(self, most: int) -> None:
         self.most, self.sizes = most, Counter[int]()
@@ -330,8 +330,8 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
         model.measure()
     assert model.batches.size == 2
     assert progress.said == [
-        "cpu is out of memory: 3 sequences at a time from now on, not 6",
-        "cpu is out of memory: 2 sequences at a time from now on, not 3",
+        "cpu is out of memory: continuing with 3 sequences at a time, not 6",
+        "cpu is out of memory: continuing with 2 sequences at a time, not 3",
     ]
     torch.testing.assert_close(model.losses_N, wanted.losses_N)
     for found, expected in zip(model.measures, wanted.measures, strict=True):
@@ -342,7 +342,7 @@ def test_a_batch_is_halved_where_memory_runs_out(small_device: OutOfMemory, resi
     recipe = whole().with_layers([select(0), select(2), select(4), select(5)])
     with reporting_to(progress):
         fit_on(recipe, resident, corpus, batch_tokens=1000)
-    assert progress.said[-1] == "cpu is out of memory: 2 sequences at a time from now on, not 3"
+    assert progress.said[-1] == "cpu is out of memory: continuing with 2 sequences at a time, not 3"
 
 
 def test_one_sequence_that_is_too_much_is_the_end(small_device: OutOfMemory, resident_of: InMemory) -> None:

@@ -1,7 +1,6 @@
-"""Whether an architecture is right: every check of a family, tried on a small model of its kind.
+"""Checks of an architecture: every check of a family, on a small model of its kind.
 
-Where no family file describes the layers of a model, the checks come before any work on it. Each trial gives a relative
-error, or a fact.
+For models without a family file, the checks run before any work. Each check gives a relative error, or a fact.
 
 Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `C` inputs of an output projection.
 """
@@ -42,7 +41,7 @@ _NOISE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A small model and tokens to run through it, the last sequences of which are padded."""
+    """A small model and tokens to run through it; the last sequences are padded."""
 
     resident: LoadedModel
     stream: LayerStream
@@ -64,7 +63,7 @@ class Trial:
         return self.resident.architecture
 
     def through(self, layer: int, module: nn.Module) -> Tensor:
-        """What a module in the place of a layer makes of that layer's input in the original model."""
+        """The output of a module in place of a layer, for that layer's input in the original model."""
         return self.stream.run(module, *self.before(layer))
 
     def before(self, layer: int) -> tuple[Tensor, LayerCall]:
@@ -73,14 +72,14 @@ class Trial:
         return self.run(range(layer), entry), entry.calls[layer]
 
     def run(self, layers: Iterable[int], entry: Entry) -> Tensor:
-        """What these layers of the original, one after the other, make of the embedding."""
+        """The output of these original layers in order, from the embedding."""
         h_BTD = entry.h_BTD
         for layer in layers:
             h_BTD = self.stream.run(self.resident.layers[layer], h_BTD, entry.calls[layer])
         return h_BTD
 
     def features(self, part: Part, module: nn.Module, donor: int) -> Tensor:
-        """An output projection's inputs `[N, C]` when a module reads the embedding as if it were layer `donor`."""
+        """An output projection's inputs `[N, C]` if a module reads the embedding in place of layer `donor`."""
         entry = self.stream.enter(self.ids_BT, None)
         seen: list[Tensor] = []
         with output_projections(module, self.architecture, lambda which, x: seen.append(x) if which == part else None):
@@ -94,9 +93,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def parity(trial: Trial) -> float:
-    """Layer by layer, two texts in turns and one of them padded, against the model's own forward: logits.
+    """Compare logits of the layer loop with the model's own forward, on two texts in turns, one of them padded.
 
-    So layers that leave something for later ones are found.
+    This finds layers that pass on something besides the hidden state.
     """
     texts = [(trial.ids_BT, trial.mask_BT), (trial.ids_BT.flip(0, 1), None)]
     calls = [trial.stream.calls(*text) for text in texts]
@@ -112,12 +111,12 @@ def parity(trial: Trial) -> float:
 
 
 def foresight(trial: Trial) -> float:
-    """By how much later tokens change the logits of earlier ones."""
+    """The effect of later tokens on the logits of earlier ones."""
     changed = trial.ids_BT.clone()
     half = _TOKENS // 2
     changed[:, half:] = changed[:, half:].flip(1)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several split the products of experts by their number of rows, and round otherwise
+    torch.set_num_threads(1)  # several threads split the products of experts by rows, and round differently
     try:
         model = trial.resident.model
         logits, others = (model(ids, use_cache=False).logits[:, :half] for ids in (trial.ids_BT, changed))
@@ -127,14 +126,14 @@ def foresight(trial: Trial) -> float:
 
 
 def streamed(trial: Trial) -> float:
-    """A model whose layers are read one by one, against the one in memory."""
+    """Compare a streamed model with the one in memory."""
     other = LoadedModel(trial.resident.checkpoint, device=trial.resident.device, stream=True)
     return difference(other.model(trial.ids_BT).logits, trial.resident.model(trial.ids_BT).logits)
 
 
 def built(trial: Trial, ops: Sequence[Op], folder: Path) -> dict[str, float]:
-    """A model of these layers, built to disk and loaded: against the one in memory and, of whole layers alone, against
-    the original in which the others are skipped; generation with and without cache; and its config's lists."""
+    """Build a model of these layers and load it: compare it with the one in memory and, for whole layers only, with the
+    original without the others; generation with and without cache; and the config's lists."""
     kept = [op.sources[0].layer for op in ops]
     variant = Variant(name=NAME, model=trial.resident.checkpoint.model)
     recipe = identity(variant, trial.architecture.n_layers).with_layers(ops)
@@ -161,11 +160,10 @@ def built(trial: Trial, ops: Sequence[Op], folder: Path) -> dict[str, float]:
 
 
 def writers(trial: Trial, layer: int) -> dict[str, float]:
-    """The linear modules of a layer whose output is added to the residual stream times a number, in the order in which
-    they are run.
+    """The linear modules of a layer whose scaled output is added to the residual stream, in the order of execution.
 
-    Each is tried with everything beside the part of the layer that holds it switched off: a change of its output must
-    then be a change of the layer's.
+    Each is tested with all other parts of the layer switched off: a change of its output must then be a change of the
+    layer's output.
     """
     module, width = trial.resident.layers[layer], trial.architecture.width
     given = trial.before(layer)
@@ -198,12 +196,12 @@ def writers(trial: Trial, layer: int) -> dict[str, float]:
 
 
 def _nothing(module: nn.Module, args: object, out: Any) -> Any:
-    """In the place of what a module gives: zeros."""
+    """Zeros in place of a module's output."""
     return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
 
 def order(trial: Trial, layer: int) -> float:
-    """A layer with its pieces in another order, norms folded, computes what it did: each keeps where it starts."""
+    """A layer with its pieces in another order and norms folded computes the same."""
     rng = random.Random(0)
     pieces = {
         part: rng.sample(range(trial.architecture.n_pieces(part)), trial.architecture.n_pieces(part)) for part in PARTS
@@ -215,7 +213,7 @@ def order(trial: Trial, layer: int) -> float:
 
 
 def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
-    """All pieces of one layer and none of another: the first one, and by way of the planners the very same op."""
+    """All pieces of one layer and none of another give the first layer, and in the planners' algebra the same op."""
     architecture, (first, second) = trial.architecture, layers
     whole = {part: range(architecture.n_pieces(part)) for part in PARTS}
     op = concat_of(
@@ -234,12 +232,12 @@ def everything_and_nothing(trial: Trial, layers: tuple[int, int]) -> float:
 
 
 def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
-    """Pieces of two layers in one: whether each still computes what it computed in its own layer, on equal input."""
+    """Pieces of two layers in one: each computes the same as in its own layer, on equal input."""
     op = halves(trial.architecture, layers)
     modules = [_alone(trial, part, trial.resident.module(op))]
     modules += [_alone(trial, part, trial.resident.layers[layer]) for layer in layers]
     joined, *sources = (trial.features(part, module, layers[0]) for module in modules)
-    # The writer's columns: one run of features for each piece.
+    # The writer's columns: contiguous features for each piece.
     writer = trial.architecture.writer(part)
     expected = [
         source[:, positions(trial.architecture, writer, cut.pieces(part))[0]]
@@ -249,7 +247,7 @@ def own_inputs(trial: Trial, part: Part, layers: tuple[int, int]) -> float:
 
 
 def shallower(architecture: Architecture, layers: tuple[int, int]) -> list[Op]:
-    """Two layers in one, and one layer fewer, so that all after it have new places."""
+    """Two layers in one, so that all layers after it have new indices."""
     rest = [select(layer) for layer in range(architecture.n_layers) if layer not in layers]
     return [*rest[1:2], halves(architecture, layers), *rest[2:]]
 
@@ -266,7 +264,7 @@ def halves(architecture: Architecture, layers: tuple[int, int]) -> Concat:
 
 
 def _alone(trial: Trial, part: Part, module: nn.Module) -> nn.Module:
-    """The layer with what stands before a part switched off, so that the part reads the layer's own input."""
+    """The layer with everything before a part switched off, so that the part reads the layer's own input."""
     if part == "attention":
         return module
     module = twin(module)
@@ -294,18 +292,18 @@ _EXACT = 1e-4
 """Relative error of float32 arithmetic in another order, through a few layers."""
 _FAILS = {
     "layers": "no layer can be removed",
-    "tensors": "its class and files do not agree on the tensors",
-    "parity": "its layers, run one by one, are not the model",
-    "causal": "a token reads later ones",
-    "removal": "a model without some layers is not the one in which they are skipped",
+    "tensors": "its class and files disagree about the tensors",
+    "parity": "its layers, run one by one, differ from the model",
+    "causal": "tokens attend to later ones",
+    "removal": "removing layers differs from skipping them",
     "build and load": "a model without some layers cannot be built and loaded",
-    "generation": "with a cache it generates something else than without",
+    "generation": "generation with a cache differs from generation without",
     "config": "its config does not follow the layers",
-    "streaming": "its layers, read one by one, are not the model",
+    "streaming": "its streamed layers differ from the model",
 }
-"""What a failed check of layers that can only be removed says of the model."""
+"""The meaning of each failed check of a model whose layers can only be removed."""
 _LEAK = 3e-5
-"""The same of sums over tokens that a later one must not change at all."""
+"""The tolerance of the causal check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,19 +319,19 @@ class CheckRow:
 
     @property
     def why(self) -> str:
-        """What a failure says of the model."""
+        """The meaning of a failure."""
         words = _FAILS.get(self.check, self.check)
         return words if self.error is not None else f"{words} ({self.note})"
 
 
 def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
-    """Every check of a family, on a small model like `large`; files go into `folder`."""
+    """Run every check of a family on a small model like `large`, with files in `folder`."""
     small_model(small_config(large)).save_pretrained(folder / "small")
     try:
         checkpoint = Checkpoint.open(folder / "small", model="small")
     except UserError as error:
         first, *more = error.problems
-        note = f"{first}{f' And {len(more)} more like this.' if more else ''}".replace(str(folder), "")
+        note = f"{first}{f' And {len(more)} similar ones.' if more else ''}".replace(str(folder), "")
         yield CheckRow(check="tensors", result="failed", error=None, note=note.removeprefix("/small: "))
         return
     small = checkpoint.architecture
@@ -352,43 +350,45 @@ def check_rows(large: Architecture, folder: Path) -> Iterator[CheckRow]:
     first_of_two = next(index for index in range(small.n_layers - 1) if kinds[index] == kinds[index + 1])
     same, approximated = (first_of_two, first_of_two + 1), bool(small.approximations)
 
-    yield _row("parity", "layer by layer is the model's own forward", partial(parity, trial))
+    yield _row("parity", "layer by layer equals the model's own forward", partial(parity, trial))
     for kind in dict.fromkeys(kinds):
         note = f"pieces of a layer ({kind}) in another order, norms folded" if kind else "pieces in another order"
         yield _row("pieces", note, partial(order, trial, kinds.index(kind)))
-    yield _row("ratio [1, 0]", "is dropping the second layer", partial(everything_and_nothing, trial, same))
+    yield _row("ratio [1, 0]", "equals dropping the second layer", partial(everything_and_nothing, trial, same))
     for part in PARTS:
         if not small.is_mixture(part):
             work = partial(own_inputs, trial, part, same)
-            yield _row(f"merge, {part}", "pieces of two layers compute what they did", work, approximated=approximated)
+            yield _row(
+                f"merge, {part}", "pieces of two layers compute the same as before", work, approximated=approximated
+            )
     yield from _round_trip(partial(built, trial, shallower(small, same), folder / "built"))
 
 
 def _removal_rows(trial: Trial, folder: Path) -> Iterator[CheckRow]:
-    """Where no family file describes the layers: removing some is skipping them."""
+    """The checks without a family file: removing layers equals skipping them."""
     found, whole = removals(trial.architecture), range(trial.architecture.n_layers)
     if not found:
         reason = problem_of(trial.architecture, [layer for layer in whole if layer != len(whole) // 2])
         yield CheckRow(check="layers", result="failed", error=None, note=reason or "each is the last of its kind")
-    yield _row("parity", "layer by layer is the model's own forward", partial(parity, trial))
-    yield _row("causal", "no token reads a later one", partial(foresight, trial), least=_LEAK)
+    yield _row("parity", "layer by layer equals the model's own forward", partial(parity, trial))
+    yield _row("causal", "no token attends to a later one", partial(foresight, trial), least=_LEAK)
     for number, kept in enumerate(found):
         dropped = ", ".join(str(layer) for layer in whole if layer not in kept)
         ops = [select(layer) for layer in kept]
         yield from _round_trip(partial(built, trial, ops, folder / f"built-{number}"), dropped)
-    yield _row("streaming", "layers read one by one give what the model gives", partial(streamed, trial))
+    yield _row("streaming", "streamed layers equal the model", partial(streamed, trial))
 
 
 def _round_trip(work: Callable[[], Mapping[str, float]], dropped: str = "") -> Iterator[CheckRow]:
     notes = {
-        "removal": ("removal", f"a model without layers {dropped} is the original in which they are skipped"),
-        "logits": ("build and load", "a shallower model from disk is the one in memory"),
-        "generation": ("generation", "with the cache as without"),
+        "removal": ("removal", f"a model without layers {dropped} equals the original that skips them"),
+        "logits": ("build and load", "a shallower model from disk equals the one in memory"),
+        "generation": ("generation", "equal with and without the cache"),
         "config": ("config", "its per-layer lists follow the layers"),
     }
     try:
         found = work()
-    except Exception as error:  # whatever breaks here is what the user wants to see in the table
+    except Exception as error:  # any failure here belongs in the table
         yield _broken("build and load", error)
     else:
         yield from (_compared(*notes[key], value) for key, value in found.items())
@@ -399,7 +399,7 @@ def _row(
 ) -> CheckRow:
     try:
         return _compared(check, note, work() * _EXACT / least, approximated=approximated)
-    except Exception as error:  # whatever breaks here is what the user wants to see in the table
+    except Exception as error:  # any failure here belongs in the table
         return _broken(check, error)
 
 
@@ -414,8 +414,8 @@ def _broken(check: str, error: Exception) -> CheckRow:
 
 @torch.no_grad()
 def verified(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, where a small model of its kind passes every check; layers that can only be removed are checked
-    before work.
+    """Return the checkpoint if a small model of its kind passes every check; only models whose layers can only be
+    removed are checked.
 
     Raises:
         UserError: a check fails.
@@ -430,14 +430,14 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
                 f"Layers of {checkpoint.model} cannot be removed: on a small model of its kind, "
                 + "; ".join(row.why for row in failed[:2])
                 + ".",
-                f"`intarsia anatomy check {checkpoint.folder / 'config.json'}` shows every check. Use another model.",
+                f"`intarsia anatomy check {checkpoint.folder / 'config.json'}` lists every check. Use another model.",
             )
         small = Checkpoint.open(Path(folder) / "small", model="small")
         trial = Trial.of(LoadedModel(small, device=torch.device("cpu")))
         found, without = _known_writers(trial)
     if without:
         current().say(
-            f"closed form: no output projection is recognised in {', '.join(without)}; these layers stay as they are"
+            f"closed form: no output projection is recognised in {', '.join(without)}; these layers are not fitted"
         )
     return replace(
         checkpoint, architecture=replace(architecture, inspected=replace(architecture.inspected, writers=found))
@@ -445,7 +445,7 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _known_writers(trial: Trial) -> tuple[dict[str, float], list[str]]:
-    """The modules that write to the residual stream, and the kinds of layers in which there is none."""
+    """The modules that write to the residual stream, and the kinds of layers without any."""
     architecture, found, wrong, without = trial.architecture, dict[str, float](), set[str](), []
     assert architecture.inspected is not None
     in_files = {parameter for parameter, _ in architecture.inspected.rows.values()}
@@ -462,7 +462,7 @@ def _known_writers(trial: Trial) -> tuple[dict[str, float], list[str]]:
 
 
 def state_of(architecture: Architecture) -> State:
-    """How a model's state is laid out, without its weights: seen from its class, and from a small model."""
+    """The layout of a model's state, from its class and a small model, without its weights."""
     width = architecture.width
     if architecture.inspected is None:
         return State.of((1, 2, width), width, ())

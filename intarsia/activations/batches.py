@@ -1,8 +1,8 @@
-"""Work on several batches side by side, on the CPU.
+"""Batches of a text, several side by side on the CPU.
 
-Layers of small models are too small for one matrix product to be split over cores: two threads that each run half of
-a batch took half the time of two threads on one product after the other (width 576), and no more of it for wide
-layers (width 2048). The results are the same to the bit.
+Layers of small models are too small to split a matrix product over cores: two threads that each run half of a batch
+take half the time of two threads on each product (width 576), and no more time for wide layers (width 2048). The
+results are bit-identical.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Result = TypeVar("Result")
 
 
 def workers_for(device: torch.device, at_most: int) -> int:
-    """How many threads work side by side: those torch may use on a CPU; one on any other device or with gradients."""
+    """Number of threads to work side by side: torch's on a CPU; one on any other device or with gradients."""
     if device.type != "cpu" or torch.is_grad_enabled():
         return 1
     return max(1, min(torch.get_num_threads(), at_most))
 
 
 def side_by_side(items: Iterable[Item], work: Callable[[Item], Result], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Each item with what `work` gives for it, in order.
+    """Yield each item with the result of `work`, in order.
 
-    No more than `workers` items are under way. Items are made, and results taken, in the calling thread.
+    At most `workers` items run at once. Items are made, and results yielded, in the calling thread.
     """
     if workers == 1:
         for item in items:
@@ -68,11 +68,11 @@ _CPU_BATCH_TOKENS = 2048
 _CUDA_BATCH_TOKENS = 32768
 
 Batch: TypeAlias = "tuple[slice, Tensor, Tensor | None]"
-"""Which sequences, their tokens `[B, T]`, and where these are real (None: all), on the device."""
+"""The slice of sequences, their tokens `[B, T]`, and the mask of real ones (None: all), on the device."""
 
 
 class Batches:
-    """Goes through a text batch by batch.
+    """The batches of a text.
 
     Attributes:
         size: sequences of a batch.
@@ -99,14 +99,14 @@ class Batches:
             start = part.stop
 
     def each(self, work: Callable[[slice, Tensor, Tensor | None], None], sequences: slice = slice(None)) -> None:
-        """Do something with every batch; with halves of it where it is too much for the device's memory.
+        """Call `work` with every batch, halving batches that are too large for the device's memory.
 
         Args:
-            work: is called again with part of the same sequences when it ran out of memory, so it must change nothing
-                before it has everything that it needs.
+            work: is called again with part of the same sequences if it runs out of memory, so it must have no side
+                effects before its last allocation.
 
         Raises:
-            UserError: memory does not suffice for one sequence.
+            UserError: memory is too small for one sequence.
         """
         start, stop, _ = sequences.indices(len(self.corpus))
         while start < stop:
@@ -115,7 +115,7 @@ class Batches:
                 work(*self._batch(part))
             except torch.OutOfMemoryError as error:
                 rows = part.stop - part.start
-                error.__traceback__ = None  # it holds the tensors that there was no room for
+                error.__traceback__ = None  # it holds the tensors that did not fit
                 self._halve(rows)
                 continue
             start = part.stop
@@ -127,10 +127,10 @@ class Batches:
         finish: Callable[[Batch, Item, Result], None],
         sequences: slice = slice(None),
     ) -> None:
-        """Do something with every batch: on the CPU with parts of it in several threads, else as `each` does.
+        """Process every batch: on the CPU its parts in several threads, else as in `each`.
 
         Args:
-            prepare, finish: run in this thread, batch after batch; `finish` alone may change anything.
+            prepare, finish: run in this thread, batch by batch; only `finish` may have side effects.
             work: runs in any thread.
         """
 
@@ -150,17 +150,17 @@ class Batches:
         work: Callable[[Item], Result],
         sequences: slice = slice(None),
     ) -> Iterator[tuple[Batch, Item, Result]]:
-        """Batches with what `prepare` and `work` give, in order; batches are not halved where memory runs out."""
+        """Yield batches with the results of `prepare` and `work`, in order; batches are not halved."""
         workers = workers_for(self.device, self.size)
         parts = ((batch, prepare(*batch)) for batch in self.over(sequences, math.ceil(self.size / workers)))
         for (batch, given), found in side_by_side(parts, lambda part: work(part[1]), workers):
             yield batch, given, found
 
     def whole(self, work: Callable[[], Result]) -> Result:
-        """Do something that goes through the batches itself; all of it again, with halves, where memory runs out.
+        """Call `work`, which goes through the batches itself; call it again, with half the size, if memory runs out.
 
         Raises:
-            UserError: memory does not suffice for one sequence.
+            UserError: memory is too small for one sequence.
         """
         while True:
             try:
@@ -177,11 +177,11 @@ class Batches:
     def _halve(self, rows: int) -> None:
         if rows == 1:
             raise UserError(
-                f"{self.device} has no memory for one sequence of {self.corpus.seq_len} tokens in one layer.",
+                f"{self.device} has too little memory for one sequence of {self.corpus.seq_len} tokens in one layer.",
                 "Use shorter sequences (--seq-len), --stream, --dtype bfloat16, or a device with more memory.",
             ) from None
         self.size = (rows + 1) // 2
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        current().say(f"{self.device} is out of memory: {self.size} sequences at a time from now on, not {rows}")
+        current().say(f"{self.device} is out of memory: continuing with {self.size} sequences at a time, not {rows}")

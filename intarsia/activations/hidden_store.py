@@ -20,15 +20,15 @@ from intarsia.errors import UserError
 
 _SHARE_OF_FREE_MEMORY = 0.4
 PREFIX = "intarsia-hidden-"
-"""How folders of spilled hidden states are named."""
+"""Prefix of folders with spilled hidden states."""
 
 
 class MemoryBudget:
-    """A number of bytes that stores take from and give back to.
+    """A memory budget, in bytes, shared by several stores.
 
     Attributes:
-        memory_bytes: all of them; by default two fifths of what is free when the budget is made.
-        folder: where files of what does not fit are made; None for the system's folder for temporary files.
+        memory_bytes: its size; by default two fifths of the memory that is free at the start.
+        folder: for files of what does not fit; None for the system's temporary folder.
     """
 
     def __init__(self, memory_bytes: int | None = None, folder: Path | None = None) -> None:
@@ -38,7 +38,7 @@ class MemoryBudget:
         self._left = self.memory_bytes
 
     def take(self, nbytes: int) -> bool:
-        """Take bytes from the budget; False where they are not left."""
+        """Take bytes from the budget; False if too few are left."""
         if nbytes > self._left:
             return False
         self._left -= nbytes
@@ -49,10 +49,10 @@ class MemoryBudget:
 
 
 class Spilled:
-    """`[N, T, D]` hidden states in a file of just their bytes."""
+    """`[N, T, D]` hidden states in a raw file."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Make the file.
+        """Create the file.
 
         Raises:
             UserError: the disk is full.
@@ -83,7 +83,7 @@ class Spilled:
         return found
 
     def _let_go(self, start: int, stop: int) -> None:
-        """Unmap the pages; what was written stays in the file."""
+        """Unmap the pages; the file keeps their content."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         page = mmap.PAGESIZE
@@ -94,10 +94,10 @@ class Spilled:
 
 
 def reserve(path: Path, nbytes: int) -> None:
-    """Make a file and take its space on disk now: a disk that runs full under a memory map kills the process.
+    """Create a file and allocate its space now, because a disk that fills up under a memory map kills the process.
 
     Raises:
-        UserError: there is not enough.
+        UserError: the disk is full.
     """
     try:
         with path.open("wb") as file:
@@ -109,19 +109,19 @@ def reserve(path: Path, nbytes: int) -> None:
             raise
         path.unlink(missing_ok=True)
         raise UserError(
-            f"{path.parent} is on a full disk: hidden states that do not fit in memory take {nbytes / 1e9:.2f} GB.",
-            "Free some space, name a run folder on another disk, give more --memory, or use fewer tokens.",
+            f"{path.parent} is on a full disk; hidden states that do not fit into memory need {nbytes / 1e9:.2f} GB.",
+            "Free some space, use a run folder on another disk, more --memory, or fewer tokens.",
         ) from error
 
 
 class HiddenStore:
     """Keeps `[N, T, D]` hidden states by depth.
 
-    Buffers are made when first written. As many stay in memory as the budget allows; the rest are memory-mapped files
-    in a temporary folder (inside the folder of the budget, if it has one), which is deleted with the store.
+    Buffers are created at the first write, in memory as long as the budget allows; the rest are memory-mapped files in
+    a temporary folder (inside the folder of the budget, if it has one), which is deleted with the store.
 
     Attributes:
-        held: what was stored at `hold`, as it was; None where nothing is held.
+        held: the hidden states stored at `hold`, unchanged; None before that.
     """
 
     def __init__(
@@ -163,26 +163,26 @@ class HiddenStore:
         return (buffer.rows(list(index)) if isinstance(buffer, Spilled) else buffer[list(index)]).to(device)
 
     def depths(self) -> list[int]:
-        """Depths that are stored, in order."""
+        """The stored depths, in order."""
         return sorted({*self._buffers, *(self.held.depths() if self.held is not None else ())})
 
     def hold(self) -> None:
-        """Keep what is stored from now on: what is put later stands in front of it, and goes with `restore`.
+        """Keep the current content: later writes hide it, and `restore` drops them.
 
-        A depth that is put again must be put whole before it is read.
+        A depth that is written again must be complete before it is read.
         """
-        assert self.held is None, "what is stored is held already"
+        assert self.held is None, "the content is held already"
         self.held = HiddenStore(self.shape, self.dtype, memory_budget=self.memory_budget)
         self.held._buffers, self._buffers = self._buffers, {}
         self.held._folder, self._folder = self._folder, None
 
     def only(self, sequences: int) -> None:
-        """Store this number of sequences from now on; nothing may be stored but what is held."""
+        """Store only this number of sequences from now on; only held content may exist."""
         assert not self._buffers, "something is stored already"
         self.shape = (sequences, *self.shape[1:])
 
     def restore(self) -> None:
-        """Forget what was put since `hold`."""
+        """Drop everything written since `hold`."""
         for depth in list(self._buffers):
             self.drop(depth)
 

@@ -1,9 +1,9 @@
-"""The one place where layers are run over a text.
+"""The loop: the only code that runs layers over a text.
 
-A layer is run batch by batch from hidden states that are kept (`layer`), layers one after the other with every state
-stored (`through`), or whole paths of layers of which only the last state counts (`run`). It is the same for a model in
-memory and a streamed one, whose layers are read once for all that needs them, on one device or several, with gradients
-or without. What is run is counted.
+It runs one layer batch by batch from stored hidden states (`layer`), several layers with every state stored
+(`through`), or whole paths of layers for their last state (`run`). It works alike for models in memory and streamed
+ones, whose layers are read once for all paths, on one device or several, with or without gradients. It counts the
+layer-forwards.
 
 Shape suffixes: `B` sequences of a batch, `T` tokens, `D` residual width.
 """
@@ -30,10 +30,10 @@ from intarsia.building.loaded_model import LoadedModel, Placed
 from intarsia.data.corpus import Corpus
 
 Read: TypeAlias = Callable[[slice], Tensor]
-"""Gives the hidden states of some sequences, on the model's device."""
+"""Reads the hidden states of some sequences, on the model's device."""
 
 End: TypeAlias = Callable[[int, slice, Tensor, "Tensor | None", Tensor], None]
-"""Takes the number of a path, and which sequences, their tokens, mask and H^L."""
+"""Receives the number of a path, the slice of sequences, their tokens, mask and H^L."""
 
 _Given: TypeAlias = tuple[Batch, Tensor, LayerCall]
 """A batch, its hidden states before a layer, and the layer's other arguments."""
@@ -41,7 +41,7 @@ _Given: TypeAlias = tuple[Batch, Tensor, LayerCall]
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """A batch that went through a layer."""
+    """A batch after a layer."""
 
     rows: slice
     ids: Tensor
@@ -49,18 +49,18 @@ class Passed:
     # The residual stream before and after the layer.
     before: Tensor
     after: Tensor
-    # The inputs of the layer's output projections, where they were asked for.
+    # The inputs of the layer's output projections, if they were requested.
     inputs: Mapping[Part, Tensor]
-    # What was measured on it, beside other batches.
+    # The result of `measure` on it.
     measured: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Layers that a text goes through up to the head."""
+    """Layers to run up to the head."""
 
     layers: Sequence[Placed]
-    # The hidden states before the first of them; None: what the embedding gives.
+    # The hidden states before the first of them; None: the embedding.
     read: Read | None = None
 
 
@@ -69,8 +69,8 @@ class Loop:
 
     Attributes:
         stream: the model, opened between its layers.
-        batches: of the text; as many sequences at a time as the device holds.
-        memory_budget: what hidden states may take that the loop stores itself.
+        batches: of the text, sized for the device.
+        memory_budget: of the hidden states that the loop stores itself.
     """
 
     def __init__(self, resident: LoadedModel, batches: Batches, *, memory_budget: MemoryBudget | None = None) -> None:
@@ -84,15 +84,15 @@ class Loop:
 
     @property
     def layer_forwards(self) -> float:
-        """Cost so far: a layer run on the whole text once counts 1."""
+        """Cost so far; one layer over the whole text counts 1."""
         return self._spent[0] / len(self.corpus)
 
     def spend(self, layers: float, rows: slice) -> None:
-        """Count the cost of running that many layers on some sequences."""
+        """Count the cost of running some layers on some sequences."""
         self._spent[0] += layers * (rows.stop - rows.start)
 
     def some(self, rows: Sequence[int]) -> Loop:
-        """The same over some sequences of the text. What is run counts here too."""
+        """A loop over some sequences of the text, whose cost counts here too."""
         whole, index = self.corpus, list(rows)
         mask = None if whole.mask is None else whole.mask[index]
         corpus = Corpus.of(whole.input_ids[index], mask=mask, description=whole.description, documents=1)
@@ -108,7 +108,7 @@ class Loop:
         return HiddenStore(shape, self.resident.model.dtype, memory_budget=self.memory_budget)
 
     def embed(self, states: HiddenStore, depth: int = 0, *, sequences: slice = slice(None)) -> None:
-        """Store what the embedding gives."""
+        """Store the output of the embedding."""
 
         def work(rows: slice, ids: Tensor, mask: Tensor | None) -> None:
             states.put(depth, rows.start, self.stream.enter(ids, mask).h_BTD)
@@ -126,16 +126,16 @@ class Loop:
         measure: Callable[[Passed], Any] | None = None,
         name: str | None = None,
     ) -> None:
-        """Run one layer, which has its values, from given hidden states.
+        """Run one layer (awake) from given hidden states.
 
         Args:
-            then: takes what came out, batch after batch; it alone may change anything.
-            inputs: parts, the inputs of whose output projections are handed over too.
-            measure: what to measure on a batch, in any thread.
-            name: of the layer's output, to refuse NaN and infinity in it; None: they are not looked for.
+            then: receives the outputs, batch by batch; only it may have side effects.
+            inputs: parts whose output projections' inputs are passed on too.
+            measure: measures a batch, in any thread.
+            name: of the layer's output, to refuse NaN and infinity in it; None: no check.
 
         Raises:
-            UserError: the output is not finite, or memory does not suffice for one sequence.
+            UserError: the output is not finite, or memory is too small for one sequence.
         """
 
         def finish(batch: Batch, given: _Given, passed: Passed) -> None:
@@ -155,11 +155,11 @@ class Loop:
     def outputs(
         self, layer: Placed, read: Read, *, sequences: slice = slice(None), inputs: Sequence[Part] = ()
     ) -> Iterator[Passed]:
-        """One layer's outputs, batch after batch, for a caller that starts again with smaller batches where memory
-        runs out (`Batches.whole`).
+        """One layer's outputs, batch by batch, for a caller that restarts with smaller batches if memory runs out
+        (`Batches.whole`).
 
         Args:
-            inputs: parts, the inputs of whose output projections are handed over too.
+            inputs: parts whose output projections' inputs are passed on too.
         """
         with self._running(layer, read, inputs) as (prepare, work):
             for _, _, passed in self.batches.results(prepare, work, sequences):
@@ -170,7 +170,7 @@ class Loop:
     def _running(
         self, layer: Placed, read: Read, inputs: Sequence[Part]
     ) -> Iterator[tuple[Callable[[slice, Tensor, Tensor | None], _Given], Callable[[_Given], Passed]]]:
-        """What is prepared for a batch, and what runs one layer on it, in any thread."""
+        """Functions that prepare a batch, and run one layer on it in any thread."""
         here = threading.local()
 
         def prepare(rows: slice, ids: Tensor, mask: Tensor | None) -> _Given:
@@ -186,7 +186,7 @@ class Loop:
 
         def receive(part: Part, x: Tensor) -> None:
             inputs = getattr(here, "inputs", None)
-            if inputs is not None:  # else somebody runs the projection alone, on what was handed over
+            if inputs is not None:  # None while a caller runs the projection alone
                 inputs[part] = x
 
         with output_projections(layer.module, self.resident.architecture, receive, inputs):
@@ -204,16 +204,16 @@ class Loop:
         sequences: Sequence[slice] = (slice(None),),
         name: Callable[[int], str] = "output of layer {}".format,
     ) -> Iterator[int]:
-        """Run layers one after the other, each of them read once. Yields the number of every layer that was run.
+        """Run layers one after the other, reading each once. Yield the number of every finished layer.
 
         Args:
-            states: where hidden states are read and stored.
-            read: where those before the first layer are, if not in `states`.
-            at: the depth in `states` before each layer and after the last; default: 0, overwritten all the time.
-            measure: what to measure on a batch of every layer, in any thread; it gets the inputs of output projections.
-            observe: takes what came out of every layer, batch after batch.
-            sequences: parts of the text; no batch crosses from one into the next.
-            name: of the output of a layer by its number, for errors.
+            states: store to read and write hidden states.
+            read: reads those before the first layer, if they are not in `states`.
+            at: the depth in `states` before each layer and after the last; default: always 0, overwritten.
+            measure: measures a batch of every layer, in any thread; it gets the inputs of output projections.
+            observe: receives the outputs of every layer, batch by batch.
+            sequences: parts of the text; no batch crosses their borders.
+            name: gives the name of a layer's output, for errors.
         """
         depths = [0] * (len(layers) + 1) if at is None else at
         modules = self.resident.walk(layer.module for layer in layers)
@@ -232,7 +232,7 @@ class Loop:
             yield number
 
     def reader(self, states: HiddenStore, depth: int = 0) -> Read:
-        """Reads a depth of a store."""
+        """A reader of one depth of a store."""
         return lambda rows: states.get(depth, rows.start, rows.stop, self.resident.device)
 
     def run(
@@ -245,12 +245,12 @@ class Loop:
     ) -> None:
         """Run paths to their ends.
 
-        A model in memory takes one path after the other, batch by batch, and stores nothing. Of a streamed one a layer
-        is read once for all paths that meet in it.
+        A model in memory runs one path after the other, batch by batch, and stores nothing. A streamed one reads each
+        layer once for all paths that share it.
 
         Args:
-            end: takes what came out of a path, batch after batch.
-            advance: called with layers, or parts of one by sequences, that were run.
+            end: receives the outputs of a path, batch by batch.
+            advance: called with the number of layers run, or the part of one by sequences.
         """
         if self.resident.streams:
             self._together(paths, end, sequences, advance)
@@ -265,10 +265,10 @@ class Loop:
         sequences: slice = slice(None),
         expected: Callable[[slice], Likeliest] | None = None,
     ) -> Iterator[Tensor]:
-        """The summed loss of each sequence at the end of one path after the other: float64, on the CPU.
+        """The summed loss of each sequence at the end of each path in order: float64, on the CPU.
 
         Args:
-            expected: gives another model's likeliest tokens of some sequences; the loss is then the KL to them.
+            expected: gives another model's likeliest tokens of some sequences; the loss is then the KL from them.
         """
         for group in [list(paths)] if self.resident.streams else ([path] for path in paths):
             found: list[list[Tensor]] = [[] for _ in group]
@@ -327,7 +327,7 @@ class Loop:
     def _together(self, paths: Sequence[Path], end: End, sequences: slice, advance: Callable[[float], None]) -> None:
         start, stop, _ = sequences.indices(len(self.corpus))
         states = self.store(stop - start)
-        started: set[int] = set()  # paths of which a whole state is stored
+        started: set[int] = set()  # paths with a complete stored state
 
         def read(number: int, rows: slice) -> Tensor:
             if number in started:
@@ -369,7 +369,7 @@ class Loop:
 
 
 def _meetings(paths: Sequence[Path]) -> list[tuple[Placed, list[int]]]:
-    """Every layer that is run, in order, with the numbers of the paths that meet in it."""
+    """Every layer to run, in order, with the numbers of the paths that share it."""
     found: list[tuple[Placed, list[int]]] = []
     for left in range(max(len(path.layers) for path in paths), 0, -1):
         meeting: dict[Placed, list[int]] = {}

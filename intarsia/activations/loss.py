@@ -1,10 +1,10 @@
-"""The loss of the next token, and the divergence from another model's distribution of it, sequence by sequence.
+"""Next-token loss, and divergence from another model's distribution, by sequence.
 
 Shapes: B sequences, T tokens, V vocabulary, D width, N predicted positions, K likeliest tokens.
 
-Logits over a large vocabulary are the largest tensor of a forward pass. Their float32 copy is never made: a few
-rows at a time are converted and normalised, on the CPU few enough to stay in cache. With bfloat16 logits of 4096
-tokens over a vocabulary of 49,152 that is about ten times as fast on one core as `F.cross_entropy` on a copy.
+Logits over a large vocabulary are the largest tensor of a forward pass, so they are never copied to float32 as a whole:
+a few rows at a time are converted and normalised, on the CPU few enough to stay in cache. For bfloat16 logits of 4096
+tokens over a vocabulary of 49,152 this is about ten times as fast on one core as `F.cross_entropy` on a copy.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from intarsia.errors import UserError
 TOP = 64
 _CPU_BLOCK = 8 * 49152  # float32 entries of one block: 1.5 MB, inside a core's cache
 _GPU_BLOCK = 64 * 1024 * 1024  # large enough to fill the device, small against the logits themselves
-_COPIED = 512  # positions that are copied at once
+_COPIED = 512  # positions copied at a time
 _LEAST_REST = 1e-6
 
 
 class Likeliest(NamedTuple):
-    """The K likeliest next tokens at every position, `[B, T, K]` or `[N, K]`: log-probabilities, and which they are."""
+    """The K likeliest next tokens at every position, `[B, T, K]` or `[N, K]`: log-probabilities and token ids."""
 
     log_p: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, logits_NV: Tensor, k: int = TOP, temperature: float = 1.0) -> Likeliest:
-        """By a model's logits at some positions."""
+        """The likeliest tokens by a model's logits at some positions."""
         found = [
             log_p_NV.topk(min(k, log_p_NV.shape[-1]), dim=-1) for _, log_p_NV in _log_p_blocks(logits_NV, temperature)
         ]
         return cls(torch.cat([each.values for each in found]), torch.cat([each.indices.int() for each in found]))
 
     def divergence(self, logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-        """KL(these || another model's) by its logits at these positions, in nats: `[N]`.
+        """KL(this || another model) from its logits at these positions, in nats: `[N]`.
 
-        It is over the K tokens and one bucket for the rest: a lower bound of the KL over the whole vocabulary.
+        It covers the K tokens and one bucket for the rest: a lower bound of the KL over the whole vocabulary.
         """
         log_t_NK, index_NK = (each.to(logits_NV.device) for each in self)
         found = []
@@ -53,12 +53,12 @@ class Likeliest(NamedTuple):
         return torch.cat(found)
 
     def rows(self, rows: slice) -> Likeliest:
-        """Those of some sequences, or positions."""
+        """The likeliest tokens of some sequences, or positions."""
         return Likeliest(self.log_p[rows], self.tokens[rows])
 
 
 def _log_p_blocks(logits_NV: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
-    """Float32 log-probabilities of some rows at a time, and which these are; one block without rows where none are."""
+    """Float32 log-probabilities of some rows at a time, with their slice; one empty block if there are no rows."""
     step = max(1, (_CPU_BLOCK if logits_NV.device.type == "cpu" else _GPU_BLOCK) // logits_NV.shape[1])
     for start in range(0, max(len(logits_NV), 1), step):
         part = slice(start, start + step)
@@ -77,15 +77,15 @@ def next_token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Summed loss (nats) and number of predicted tokens of every sequence.
 
-    Position t predicts token t + 1, so the first token is never predicted. A prediction counts when both tokens are
-    real; padding counts nowhere, and logits at padding are not looked at.
+    Position t predicts token t + 1, so the first token is never predicted. A prediction counts if both tokens are
+    real; logits at padding are ignored.
 
     Args:
         logits_BTV: the model's logits, any float dtype.
-        ids_BT: the tokens that the model was given.
-        mask_BT: True at real tokens; None when all are.
-        expected: measure KL(another model || this one) instead, of which these are the likeliest tokens.
-        where: what is measured, for the message when a loss is not finite.
+        ids_BT: the input tokens.
+        mask_BT: True at real tokens; None if all are.
+        expected: another model's likeliest tokens; measure KL(other model || this one) instead.
+        where: the name of the input, for the error about a loss that is not finite.
 
     Returns:
         `sums_B` (float64) and `counts_B` (int64), on the CPU.
@@ -96,7 +96,7 @@ def next_token_losses(
     counts_B = counts_BT.sum(dim=1)
 
     def of_sequence(b: int) -> Tensor:
-        # A slice is a view: nothing is copied before a block is converted. Padding is left out by copies.
+        # A slice is a view, not copied before a block is converted. Removing padding copies.
         dense = bool(counts_BT[b].all())
         parts = [slice(0, counts_BT.shape[1])] if dense else counts_BT[b].nonzero()[:, 0].split(_COPIED)
         return torch.cat([of_positions(b, at) for at in parts])
@@ -119,6 +119,6 @@ def next_token_losses(
         raise UserError(
             f"{where}, sequence {first} of the batch: expected finite losses; "
             f"found {int((~losses_N.isfinite()).sum())} of {losses_N.numel()} losses that are NaN or infinite.",
-            "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+            "Check the model's weights, and use bfloat16 or float32 if the dtype was float16.",
         )
     return torch.stack([each.sum() for each in losses]), counts_B

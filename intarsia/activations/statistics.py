@@ -1,8 +1,8 @@
-"""Streaming statistics of a layer, and hooks on its output projections, whose inputs are measured.
+"""Streaming statistics of a layer, and hooks that measure the inputs of its output projections.
 
-Everything accumulates in float32 or better and counts real tokens alone. The MLP of a mixture has no single output
-projection. Reported is how much every expert adds to the residual stream: the sum of absolute values of its output,
-times its router weight. The experts are run once more for this, one at a time, with the routing that the model chose.
+Everything accumulates in float32 or better and counts only real tokens. The MLP of a mixture has no single output
+projection, so the measure of an expert is the sum of absolute values of its output, times its router weight. The
+experts run again for this, one at a time, with the model's routing.
 
 Shape suffixes: `N` tokens of any arrangement, `C` channels of a part, `D` residual width.
 """
@@ -30,7 +30,7 @@ class ChannelSums:
     tokens: int = 0
 
     def add(self, x: Tensor, keep: Tensor | None) -> None:
-        """Count the tokens of `x` `[B, T, C]` (or `[B*T, C]`) where `keep` `[B, T]` is True (None: all)."""
+        """Add the tokens of `x` `[B, T, C]` (or `[B*T, C]`) where `keep` `[B, T]` is True (None: all)."""
         x_NC = x.reshape(-1, x.shape[-1])
         if keep is not None:
             x_NC = x_NC[keep.reshape(-1)]
@@ -40,7 +40,7 @@ class ChannelSums:
         self.tokens += x_NC.shape[0]
 
     def include(self, other: ChannelSums) -> None:
-        """Count what another has counted, on other tokens."""
+        """Add the sums of another one, over other tokens."""
         self.absolute_C = self.absolute_C + other.absolute_C
         self.squared_C = self.squared_C + other.squared_C
         self.tokens += other.tokens
@@ -60,7 +60,7 @@ class ChannelSums:
 
 @dataclass(kw_only=True)
 class LayerMeasure:
-    """What one layer does on the calibration tokens."""
+    """The measures of one layer on the calibration tokens."""
 
     cosine_sum: float = 0.0
     tokens: int = 0
@@ -69,13 +69,13 @@ class LayerMeasure:
     )
 
     def add_stream(self, before: Tensor, after: Tensor, keep: Tensor | None) -> None:
-        """Count a batch of hidden states before and after the layer, `[B, T, D]`."""
+        """Add a batch of hidden states before and after the layer, `[B, T, D]`."""
         cosine = cosines(before, after, keep)
         self.cosine_sum += float(cosine.sum(dtype=torch.float64))
         self.tokens += cosine.numel()
 
     def include(self, other: LayerMeasure) -> None:
-        """Count what another has counted, on other tokens."""
+        """Add the sums of another one, over other tokens."""
         self.cosine_sum += other.cosine_sum
         self.tokens += other.tokens
         for part, sums in other.channels.items():
@@ -100,7 +100,7 @@ def require_finite(tensor: Tensor, where: str) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        UserError: naming `where` they appeared.
+        UserError: there are some; `where` names the tensor.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
@@ -118,10 +118,10 @@ def last_real(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def writer_of(module: nn.Module, part: Part, architecture: Architecture) -> tuple[str, float] | None:
-    """The output projection of a part of a layer, and what its output is multiplied by before the residual sum.
+    """The output projection of a part of a layer, and the factor on its output before the residual sum.
 
-    Where layers can only be removed: the last linear module that is known to write to the residual stream (`mlp`), and
-    the one before it (`attention`); None where a layer has none.
+    Without a family file: the last linear module known to write to the residual stream (`mlp`), and the one before it
+    (`attention`); None if a layer has none.
     """
     if architecture.inspected is None:
         return architecture.writer(part).module, architecture.residual_scale
@@ -138,10 +138,10 @@ def output_projections(
     receive: Callable[[Part, Tensor], None],
     parts: Sequence[Part] = PARTS,
 ) -> Iterator[None]:
-    """While open, every forward of `layer` hands the inputs of o_proj and down_proj to `receive`.
+    """Within the context, every forward of `layer` passes the inputs of o_proj and down_proj to `receive`.
 
-    The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels. Of a mixture it is
-    `[tokens, experts]`, what each expert adds.
+    The inputs are `[..., C]` with C the query-head channels (attention) or the MLP channels; for a mixture
+    `[tokens, experts]`, the measure of each expert's output.
     """
     with ExitStack() as stack:
         for part in parts:
@@ -157,15 +157,15 @@ def output_projections(
 
 
 def added_by_experts(module: nn.Module, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, *, experts: int) -> Tensor:
-    """Sum of absolute values of what each expert adds at each token, `[N, experts]`; 0 where it is not chosen.
+    """Sum of absolute values of each expert's weighted output at each token, `[N, experts]`; 0 if it is not chosen.
 
     Args:
-        module: runs the experts on tokens `x_ND`, with the K that are chosen for each and their weights.
+        module: runs the experts on tokens `x_ND`, given the K chosen experts of each token and their weights.
     """
     sizes = torch.zeros(x_ND.shape[0], experts, dtype=torch.float32, device=x_ND.device)
     for expert in index_NK.unique().tolist():
         rows, places = torch.where(index_NK == expert)
-        # Past the hooks: this is no forward of the layer.
+        # Bypass the hooks: this is not a forward of the layer.
         out = module.forward(x_ND[rows], index_NK[rows, places][:, None], weight_NK[rows, places][:, None])
         sizes[rows, expert] = out.abs().sum(dim=-1, dtype=torch.float32)
     return sizes

@@ -1,13 +1,13 @@
-"""Runs a model layer by layer, from any depth.
+"""Running a model layer by layer, from any depth.
 
-No modeling code is copied. The model's own forward is called with stand-ins in place of its layers: the first
-stand-in returns a given hidden state, and every stand-in records the arguments that the model
-passed to its layer (masks, rotary embeddings, ...). Embedding, per-layer arguments, final norm and head are thus the
-model's own, whatever its family, and any layer can be run between them.
+No modeling code is copied. The model's own forward is called with stand-ins in place of its layers: the first stand-in
+returns a given hidden state, and every stand-in records the arguments that the model passed to its layer (masks, rotary
+embeddings, ...). So embedding, per-layer arguments, final norm and head are the model's own, whatever its family, and
+any layer can run between them.
 
-What one layer hands to the next is one tensor, the state: the residual stream first; then other streams, in models that
-have several (Gemma 3n, DeepSeek 4); then the keys and values that later layers read, where layers share them (Gemma 3n
-and 4), zeros until they are made.
+Layers pass on one tensor, the state: the residual stream first; then other streams, in models that have several (Gemma
+3n, DeepSeek 4); then the keys and values that later layers read, if layers share them (Gemma 3n and 4), zeros until
+they are computed.
 
 Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `S` width of the state, `H` heads of keys and values,
 `V` vocabulary.
@@ -36,23 +36,23 @@ Shared = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How a state is laid out."""
+    """The layout of a state."""
 
-    # Of the residual stream.
+    # Width of the residual stream.
     width: int
-    # Residual streams, and which dimension of the model's own hidden states they are; None: of the last one.
+    # Number of residual streams, and their dimension in the model's own hidden states; None: the last one.
     streams: int = 1
     axis: int | None = None
-    # Columns of the keys (and as many of the values), and those of one head, by the kind of layer.
+    # Columns of the keys (and equally of the values), and of one head, by the kind of layer.
     shared: Mapping[str, tuple[int, int]]
 
     @classmethod
     def of(cls, shape: Sequence[int], width: int, layers: Iterable[nn.Module]) -> State:
-        """The layout in a model.
+        """The layout of a model's state.
 
         Args:
-            shape: of its own hidden states, of one sequence of two tokens.
-            layers: where some may read the keys and values of others.
+            shape: of its own hidden states for one sequence of two tokens.
+            layers: its layers, some of which may read the keys and values of others.
         """
         shared = {}
         for layer in layers:
@@ -67,7 +67,7 @@ class State:
         return self.width * self.streams + 2 * sum(columns for columns, _ in self.shared.values())
 
     def packed(self, hidden: Tensor, shared: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The state `[B, T, S]`, of the model's own hidden states and what is shared so far."""
+        """The state `[B, T, S]` from the model's own hidden states and the keys and values shared so far."""
         h_BTD = hidden if self.axis is None else hidden.movedim(self.axis, 2).flatten(2)
         parts = [h_BTD]
         for kind, (columns, _) in self.shared.items():
@@ -78,7 +78,7 @@ class State:
         return torch.cat(parts, dim=-1) if self.shared else h_BTD
 
     def unpacked(self, state_BTS: Tensor) -> tuple[Tensor, Shared]:
-        """The model's own hidden states, and what is shared, of a state."""
+        """The model's own hidden states, and the shared keys and values, from a state."""
         start, found = self.width * self.streams, Shared()
         hidden = state_BTS[..., :start]
         for kind, (columns, head) in self.shared.items():
@@ -93,13 +93,13 @@ LOGIT_BYTES = 128 * 1024**2
 
 
 class _Probed(NamedTuple):
-    """What running a model shows of its layers: looked at once, as a streamed model reads a layer for it."""
+    """Facts about a model's layers from running one; gathered once, because a streamed model reads a layer for it."""
 
-    # Values that a layer returns, 0 for a tensor.
+    # Number of values that a layer returns; 0 for a tensor.
     returns: int
-    # Of the hidden states that it takes, of one sequence of two tokens.
+    # Shape of its input hidden states for one sequence of two tokens.
     shape: tuple[int, ...]
-    # Whether what the model passes to its layers depends on the tokens, and not on their number alone.
+    # Whether what the model passes to its layers depends on the tokens, not only on their number.
     by_tokens: bool = False
 
 
@@ -107,18 +107,18 @@ _PROBED: WeakKeyDictionary[PreTrainedModel, _Probed] = WeakKeyDictionary()
 
 
 class _Seen(Exception):
-    """The first layer has run, and the rest of the model need not."""
+    """Raised after the first layer, to skip the rest of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """The arguments, beside the hidden state, that the model passes to one layer."""
+    """The arguments, besides the hidden state, that the model passes to one layer."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
-        """The same on a device, floating-point tensors in another dtype if one is given."""
+        """The arguments on a device, and floating-point tensors in another dtype if one is given."""
 
         def moved(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
@@ -129,7 +129,7 @@ class LayerCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the model makes of a batch before its first layer: H^0 and every original layer's arguments."""
+    """The input of the layers for a batch: H^0 and every original layer's arguments."""
 
     h_BTD: Tensor
     calls: tuple[LayerCall, ...]
@@ -163,10 +163,10 @@ class LayerStream:
     """A model opened between its layers.
 
     Attributes:
-        model: the transformers model; its layers may be run in any order, and others in their place.
+        model: the transformers model; its layers can run in any order, and others in their place.
         n_calls: layers of the original model, each with its own arguments.
-        by_tokens: whether these depend on the tokens, and not on their number alone.
-        state: what layers hand on; hidden states `h_BTD` are laid out like this.
+        by_tokens: whether these depend on the tokens, not only on their number.
+        state: the layout of hidden states `h_BTD`.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
@@ -191,26 +191,26 @@ class LayerStream:
         """Embed a batch.
 
         Args:
-            mask_BT: True where a token is real; None where nothing is padded.
+            mask_BT: True where a token is real; None without padding.
         """
         return self.enter_with(self._inputs(ids_BT, mask_BT))
 
     def enter_with(self, inputs: Mapping[str, Any]) -> Entry:
-        """Embed a batch given as the model's own keyword arguments, on its device."""
+        """Embed a batch, given as the model's own keyword arguments, on its device."""
         with self._stand_ins() as stand_ins:
             self.model.base_model(**inputs)
         h_BTD = stand_ins[0].received
         assert h_BTD is not None
         calls = tuple(stand_in.seen for stand_in in stand_ins if stand_in.seen is not None)
-        assert len(calls) == self.n_calls, "the model ran other layers than its architecture names"
+        assert len(calls) == self.n_calls, "the model ran layers other than those of its architecture"
         return Entry(h_BTD=self.state.packed(h_BTD, {}), calls=calls)
 
     def calls(self, ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[LayerCall, ...]:
         """Every original layer's arguments for a batch, without keeping its embedding.
 
-        Arguments of unpadded batches depend on nothing but the shape, and are kept for the next batch of that shape.
+        Arguments of unpadded batches depend only on the shape, and are cached for the next batch of that shape.
         """
-        # Made outside inference mode, so that autograd takes them too.
+        # Made outside inference mode, so that autograd accepts them too.
         with torch.inference_mode(False), torch.no_grad():
             if mask_BT is not None or self.by_tokens:
                 return self.enter(ids_BT, mask_BT).calls
@@ -225,7 +225,7 @@ class LayerStream:
         if device != h_BTD.device and device.type != "meta":
             h_BTD, call = h_BTD.to(device), call.on(device)
         hidden, shared = self.state.unpacked(h_BTD)
-        more = {"shared_kv_states": shared} if shared else {}  # to which the layer adds its own, where others read them
+        more = {"shared_kv_states": shared} if shared else {}  # the layer adds its own, if others read them
         out = layer(hidden, *call.args, **{**call.kwargs, **more})
         return self.state.packed(out[0] if isinstance(out, tuple | list) else out, shared)
 
@@ -250,7 +250,7 @@ class LayerStream:
     ) -> tuple[Tensor, Tensor]:
         """Summed next-token loss of each sequence from H^L, and the tokens predicted in it, on the CPU.
 
-        No more logits than `LOGIT_BYTES` are held at a time, or those of one sequence.
+        At most `LOGIT_BYTES` of logits, or those of one sequence, are in memory at a time.
 
         Args:
             expected: measure the KL to this distribution instead.
@@ -265,14 +265,14 @@ class LayerStream:
         return torch.cat(sums), torch.cat(counts)
 
     def likeliest(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Likeliest:
-        """The likeliest next tokens at every position from H^L, on the CPU; anything at padding."""
+        """The likeliest next tokens at every position from H^L, on the CPU; undefined at padding."""
         found = [Likeliest.of(logits.flatten(0, 1)) for _, _, logits in self._logits_of(h_BTD, ids_BT, mask_BT)]
         return Likeliest(*(torch.cat(each).cpu().unflatten(0, ids_BT.shape) for each in zip(*found, strict=True)))
 
     def _logits_of(
         self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None
     ) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-        """Logits of some sequences at a time, which these are, and their mask."""
+        """Logits of some sequences at a time, with their slice and mask."""
         rows, width = ids_BT.shape
         step = max(1, LOGIT_BYTES // (width * self._vocabulary * h_BTD.element_size()))
         for first in range(0, rows, step):
@@ -281,7 +281,7 @@ class LayerStream:
             yield part, keep, self.logits(h_BTD[part], ids_BT[part], keep)
 
     def final_norm(self, h_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """H^L after the final norm, `[B, T, D]` (what transformers reports as the last hidden state)."""
+        """H^L after the final norm, `[B, T, D]` (the last hidden state of transformers)."""
         with self._stand_ins(inject=h_BTD.to(self.device)):
             hidden: Tensor = self.model.base_model(**self._inputs(ids_BT, mask_BT)).last_hidden_state
         return hidden
@@ -304,7 +304,7 @@ class LayerStream:
             setattr(self._owner, self._name, self._layers)
 
     def _probe_tokens(self) -> bool:
-        """Whether other tokens give the layers other arguments."""
+        """Whether the arguments of layers depend on the tokens."""
         with torch.no_grad():
             calls = (self.enter(torch.full((1, 2), token), None).calls for token in (0, 1))
         one, other = (
@@ -315,7 +315,7 @@ class LayerStream:
 
 
 def probe(model: PreTrainedModel, layer: nn.Module, device: torch.device) -> tuple[int, tuple[int, ...]]:
-    """What is known of layers from running the first one on two tokens; see `_Probed`."""
+    """Facts about the layers from running the first one on two tokens; see `_Probed`."""
     seen: list[tuple[int, tuple[int, ...]]] = []
 
     def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:

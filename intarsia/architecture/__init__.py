@@ -1,1 +1,1 @@
-"""What a layer is made of: model families as data."""
+"""The structure of layers: model families as data."""

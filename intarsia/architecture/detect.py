@@ -1,4 +1,4 @@
-"""From a `config.json` to an `Architecture`, and whether it is that of the tensors which a checkpoint really has."""
+"""From a `config.json` to an `Architecture`, and a check of the checkpoint's tensors against it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from intarsia.errors import Problem, UserError, mismatch
 
 
 class Undescribed(UserError):
-    """No family file describes the layers of a model; it is none of what a family file refuses by mistake.
+    """No family file describes the layers of a model, as opposed to one that refuses it for a mistake.
 
     Attributes:
-        reason: what is in the way.
+        reason: the obstacle.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ def detect(config: Mapping[str, Any], *, where: str = "config.json") -> Architec
         raise Undescribed(problem, reason=entry["feature"])
     known = ", ".join(sorted({kind for family in known_families().values() for kind in family.model_types}))
     remedy = (
-        "Use a model of a known family, or describe this one in a family file: docs/ADD_A_FAMILY.md says how, "
-        "and `intarsia anatomy check --family-file` tries it."
+        "Use a model of a known family, or describe this one in a family file (docs/ADD_A_FAMILY.md), and try it "
+        "with `intarsia anatomy check --family-file`."
     )
     raise Undescribed(mismatch(f"{where}: model_type", f"one of {known}", repr(model_type), remedy))
 
@@ -126,7 +126,7 @@ def _resolve(family: Family, config: Mapping[str, Any], where: str) -> Architect
 
 
 def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    # A null is not a missing field: transformers computes what is null, and takes its default for what is missing.
+    # A null is not a missing field: transformers computes null fields, and uses defaults for missing ones.
     found = {key: value for key, value in {**family.defaults, **config}.items() if value is not None}
     for other, name in family.aliases.items():
         if other in found:
@@ -153,7 +153,7 @@ def _not_expected(where: str, expected: str, found: Any) -> Problem:
 
 
 def _flag(value: Any, values: Mapping[str, Any]) -> bool:
-    """A TOML value that is a truth value, or the name of the config field that holds it."""
+    """A TOML value that is a boolean, or the name of a config field with one."""
     return bool(values.get(value, False)) if isinstance(value, str) else bool(value)
 
 
@@ -161,8 +161,8 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
     """Check every layer tensor and the embedding for presence and shape.
 
     Raises:
-        UserError: with the one cause where all names or the depth are others, else with every missing tensor, wrong
-            shape and unexpected layer tensor (at most twenty are listed).
+        UserError: with the one cause if all names or the depth differ, else with every missing tensor, wrong shape and
+            unexpected layer tensor (at most twenty).
     """
     _check_names(architecture, shapes, where)
     _check_depth(architecture, shapes, where)
@@ -179,7 +179,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
             f"{where}: {name}",
             f"shape {list(shape)} by the config",
             f"shape {list(shapes[name])}" if name in shapes else "no such tensor",
-            "The config and the weights do not belong together; get the checkpoint again.",
+            "Config and weights do not match; download the checkpoint again.",
         )
         for name, shape in expected.items()
         if tuple(shapes.get(name, ())) != tuple(shape)
@@ -198,7 +198,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
             f"{where}: {name}",
             f"only tensors that the family file of {architecture.family.title} covers",
             f"shape {list(shapes[name])}",
-            "Its layers hold something that would be lost; it cannot be pruned.",
+            "Its layers hold something that would be lost, so it cannot be pruned.",
         )
         for name in sorted(shapes)
         if name.startswith(prefix) and not covered(name.removeprefix(prefix))
@@ -208,7 +208,7 @@ def verify(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *,
 
 
 def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse tensors that all have another prefix than the family's, or none."""
+    """Refuse tensors whose common prefix is not the family's."""
     embedding = f"{architecture.family.modules.embedding}.weight"
     if embedding in shapes:
         return
@@ -223,7 +223,7 @@ def _check_names(architecture: Architecture, shapes: Mapping[str, tuple[int, ...
         extra = longer.removesuffix(embedding)
         raise UserError(
             f"The names of the tensors in {where} start with `{extra}`, which models of this kind do not have.",
-            "Save the model itself with save_pretrained(), not what is around it.",
+            "Save the model itself with save_pretrained(), not its wrapper.",
         )
 
 
@@ -233,11 +233,11 @@ def _check_depth(architecture: Architecture, shapes: Mapping[str, tuple[int, ...
     local = architecture.layer_shapes()
     split = (name.removeprefix(prefix).partition(".") for name in shapes if name.startswith(prefix))
     found = {int(index) for index, _, name in split if index.isdigit() and name in local}
-    # A layer of which some tensors are missing is another fault.
+    # A layer with missing tensors is a different problem.
     whole = all(architecture.tensor_name(layer, name) in shapes for layer in found for name in local)
     if found and whole and len(found) != architecture.n_layers and found == set(range(len(found))):
         field = architecture.family.fields["layers"]
         raise UserError(
-            f"{where}: {field} is {architecture.n_layers} in the config, and the files hold {len(found)} layers.",
-            f"Get config and weights that belong together; if the weights are right, set {field} to {len(found)}.",
+            f"{where}: {field} is {architecture.n_layers} in the config, but the files hold {len(found)} layers.",
+            f"Use matching config and weights; if the weights are right, set {field} to {len(found)}.",
         )

@@ -1,6 +1,6 @@
-"""Families of models as data: the TOML files of the package, and one that a user tries before it is among them.
+"""Families of models as data: the TOML files of the package, and one of the user's.
 
-docs/ADD_A_FAMILY.md says what the keys mean.
+docs/ADD_A_FAMILY.md explains the keys.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _Count: TypeAlias = Annotated[int, Field(gt=0)]
 def _flag(value: Any) -> bool | str:
     if isinstance(value, (bool, str)):
         return value
-    raise unexpected("true, false, or the config field that says so")
+    raise unexpected("true, false, or the name of a config field")
 
 
 def _size(value: Any) -> int | str:
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise unexpected("a positive whole number, or the config field that has it")
+    raise unexpected("a positive whole number, or the name of a config field")
 
 
 def _fields(value: dict[str, str]) -> dict[str, str]:
@@ -59,22 +59,22 @@ Size: TypeAlias = Annotated[int | str, PlainValidator(_size)]
 
 
 class PerLayer(Strict):
-    """A config field with one entry a layer."""
+    """A config field with one entry per layer."""
 
     field: str
-    # What a config that lacks the field means: each `every`-th layer is `nth`, every other one `others`. None: such a
-    # config says nothing layer by layer.
+    # The meaning of a missing field: each `every`-th layer is `nth`, the others are `others`. None: there is no such
+    # list.
     every: Size | None = None
     nth: Any = None
     others: Any = None
-    # What a layer with that value is; layers of different kinds are not joined.
+    # The kind of a layer with each value; layers of different kinds are not joined.
     kinds: dict[str, str] | None = None
-    # Fields from which a runtime would make the list anew; they stay only where that gives the same list.
+    # Fields from which a runtime derives the list; they are kept only if that gives the same list.
     instead_of: _Texts = ()
 
 
 class Stacked(Strict):
-    """A parameter in memory that holds a matrix of every expert: `[experts, ...]`, `tensors` of each joined by rows."""
+    """A parameter in memory with the matrices of all experts, `[experts, ...]`; each joins its `tensors` by rows."""
 
     parameter: str
     tensors: _Texts
@@ -116,7 +116,7 @@ class Refusal(Strict):
 
 
 class Approximation(Strict):
-    """What is not exact in the models whose config has these values."""
+    """What is not exact in models with these config values."""
 
     when: dict[str, Any]
     text: str
@@ -128,7 +128,7 @@ class Modules(Strict):
     layers: str
     embedding: str
     head: str
-    # The head's module in memory, where files call it otherwise.
+    # The head's module in memory, if its name in files differs.
     head_in_memory: str | None = None
     # The module in memory that runs the experts of a mixture.
     experts: str = ""
@@ -149,25 +149,25 @@ class Family(Strict):
     # Config values that distinguish several layouts of one model type.
     when: dict[str, Any] = Field(default_factory=dict)
     modules: Modules
-    # The config's names for what every model has: `layers`, `width`, `query_heads`, ...
+    # The config's fields for `layers`, `width`, `query_heads`, ...
     fields: Annotated[dict[str, str], AfterValidator(_fields)]
     constants: Constants = Constants()
-    # What transformers takes where a config lacks a field.
+    # The defaults of transformers for missing fields.
     defaults: dict[str, Any] = Field(default_factory=dict)
-    # Other names of fields, and the ones that this file uses.
+    # Aliases of fields, with the names in this file.
     aliases: dict[str, str] = Field(default_factory=dict)
     linears: list[LinearEntry] = Field(alias="linear")
     norms: list[NormEntry] = Field(alias="norm")
     # Whether attention and MLP read the same residual stream.
     parallel: Flag = False
-    # How a name inside a layer starts in files, and how it starts in memory.
+    # Prefixes of names inside a layer in files, with those in memory.
     renamed: dict[str, str] = Field(default_factory=dict)
     stacked: list[Stacked] = Field(default_factory=list)
-    # Layer tensors of older files that are computed from the config, and left out.
+    # Layer tensors of older files that follow from the config, and are dropped.
     buffers: _Texts = ()
     # Whether `transformers` caches a key and a value of every query head, not of every KV group.
     caches_query_heads: bool = False
-    # What a small model of the family needs in its config beside smaller sizes (`intarsia.inspection.small`).
+    # Config values of a small model of the family, besides smaller sizes (`intarsia.inspection.small`).
     tiny: dict[str, Any] = Field(default_factory=dict)
     refusals: list[Refusal] = Field(default_factory=list, alias="refuse")
     plain_lists: _Texts = Field(default=(), alias="per_layer_fields")
@@ -199,12 +199,12 @@ class Family(Strict):
 
     @property
     def per_layer(self) -> tuple[PerLayer, ...]:
-        """The config fields with one entry a layer."""
+        """The config fields with one entry per layer."""
         return (*(PerLayer(field=field) for field in self.plain_lists), *self.lists)
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """What is not exact in any of its models."""
+        """The approximations in any of its models."""
         found = list(self.always)
         for entry in self.sometimes:
             when = " and ".join(f"{key} is {str(value).lower()}" for key, value in entry.when.items())
@@ -213,7 +213,7 @@ class Family(Strict):
 
 
 class Rules(Strict):
-    """`per_layer.toml`: how settings of any config follow its layers, by the name of the field."""
+    """`per_layer.toml`: how config fields follow the layers, by name."""
 
     indices: _Texts
     leading: _Texts
@@ -229,7 +229,7 @@ class Rules(Strict):
 
     @property
     def follow(self) -> set[str]:
-        """The fields that are true of any layers once they are changed."""
+        """The fields that can be adapted to any layers."""
         own = (self.indices, self.leading, self.trailing, self.patterns, self.maps, self.roots)
         lists = [*own, *self.periods, *self.steps, *(each[:1] for each in self.repeats)]
         return {name for names in lists for name in names}
@@ -243,16 +243,16 @@ _tried: dict[str, Family] = {}
 
 
 def known_families() -> dict[str, Family]:
-    """Every known family, by name; one that is being tried comes before the others."""
+    """All known families by name, the user's first."""
     return {**_tried, **{name: family for name, family in _packaged().items() if name not in _tried}}
 
 
 @contextmanager
 def with_family_file(path: Path | None) -> Iterator[None]:
-    """While open, the family of that file is known too; None: no other.
+    """Within the context, also know the family of a file; None adds nothing.
 
     Raises:
-        UserError: it is no family file. Everything that is wrong with it is reported at once.
+        UserError: it is not a family file; with every problem.
     """
     if path is None:
         yield
@@ -270,7 +270,7 @@ def with_family_file(path: Path | None) -> Iterator[None]:
 
 @cache
 def uncovered() -> dict[str, dict[str, str]]:
-    """Model types that cannot be described yet: the feature that prevents it, and what to do instead."""
+    """Model types that cannot be described yet, with the unsupported feature and a remedy."""
     entries = read_toml(files("intarsia.architecture") / "uncovered.toml")["family"]
     return {kind: entry for entry in entries for kind in entry["model_types"]}
 

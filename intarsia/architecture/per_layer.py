@@ -1,8 +1,8 @@
-"""What a config says layer by layer, and how it stays true for a model of another depth.
+"""Per-layer settings of a config, and their values for a model of another depth.
 
-Lists with an entry a layer (attention types, which layers have a rotary embedding, ...), the rules by which
-transformers makes a list that is missing, and counts and numbers of layers. The family files and `per_layer.toml` name
-those that are known; whatever else looks like one is refused, because it would silently be false in a shallower model.
+Lists with one entry per layer (attention types, which layers have a rotary embedding, ...), the rules by which
+transformers derives a missing list, and counts and numbers of layers. The family files and `per_layer.toml` name the
+known ones; anything else that looks like one is refused, because it would silently be wrong in a shallower model.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from intarsia.architecture.spec import Architecture
 from intarsia.errors import Problem, UserError, mismatch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
-"""Names of the number of layers; a config may have several of them."""
+"""Names for the number of layers; a config may have several."""
 _COUNTS = re.compile(
     r"(^|_)(layers?|blocks|idxs?|indices)(_|$)|every|interval|period|pattern|(^|_)(freq|frequency|step|stride)$|first_k|last_k"
 )
-"""Keys of numbers that count or number layers."""
+"""Keys of numbers that count layers or are layer indices."""
 _RULES = re.compile(r"every|interval|period|pattern|freq|step|stride")
-"""Those of them that are without effect at 1."""
+"""Those without effect at 1."""
 OF_NO_LAYER = re.compile(
     r"layer_?norm|layer_scale|rope|rotary|token|quantization|compression|^architectures$|^id2label$|^label2id$|^auto_map$"
     r"|^keys_to_ignore|^task_specific|image|vision|video|audio|_block_size$|_limit$|_section$"
 )
-"""Keys of what says nothing about layers, however long it is."""
+"""Keys that do not refer to layers, whatever their length."""
 
 
 def unknown_settings(
     family: Family, config: Mapping[str, Any], n_layers: int, where: str, *, named: Collection[str] = ()
 ) -> list[Problem]:
-    """What counts, numbers or lists layers in a config, and is not in the family file; problems to report.
+    """Report every config value that counts, numbers or lists layers and is not in the family file.
 
-    Looked for are lists as long as the model is deep, maps whose keys are numbers, and numbers, patterns and lists of
-    numbers under a name that speaks of layers; in nested configs, too.
+    These are lists as long as the model is deep, maps with numeric keys, and numbers, patterns and lists of numbers
+    whose name refers to layers; also in nested configs.
 
     Args:
         named: further fields that are known.
@@ -53,10 +53,10 @@ def unknown_settings(
     problems = [
         mismatch(
             f"{where}: {path}",
-            "only per-layer settings that are known",
+            "only known per-layer settings",
             _shown(value),
-            "It would be false for another depth. Name it in a family file (docs/ADD_A_FAMILY.md), or, if the "
-            "model does not depend on it, remove it from the config.",
+            "It would be wrong for another depth. Add it to a family file (docs/ADD_A_FAMILY.md), or remove it from "
+            "the config if the model does not depend on it.",
         )
         for path, key, value in _entries(config)
         if not (path == key and (key in known or key in _DEPTHS)) and _of_layers(key, value, n_layers)
@@ -64,9 +64,9 @@ def unknown_settings(
     problems += [
         mismatch(
             f"{where}: {key}",
-            f"{n_layers} layers, as {family.fields['layers']} says",
+            f"{n_layers} layers, like {family.fields['layers']}",
             repr(config[key]),
-            f"Remove {key}: {family.fields['layers']} counts.",
+            f"Remove {key}; {family.fields['layers']} is used.",
         )
         for key in _DEPTHS
         if config.get(key) is not None and config[key] != n_layers
@@ -79,7 +79,7 @@ def unknown_settings(
 
 
 def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Path, key and value of everything in a config that may speak of layers."""
+    """Path, key and value of every config entry that may refer to layers."""
     for key, value in values.items():
         if OF_NO_LAYER.search(str(key)):
             continue
@@ -115,12 +115,11 @@ def for_layers(
 ) -> dict[str, Any]:
     """The config of a model with one layer per entry of `sources`.
 
-    `sources[i]` is the layer from which output layer i takes what the config says layer by layer. All other values
-    stay as they are.
+    Output layer i takes its per-layer settings from layer `sources[i]`. All other values are unchanged.
 
     Raises:
-        UserError: a per-layer list is not as long as the model is deep, or no value of a setting says of these layers
-            what it said before.
+        UserError: a per-layer list is not as long as the model is deep, or no value of a setting describes these
+            layers.
     """
     assert sources and all(0 <= layer < architecture.n_layers for layer in sources)
     found, family = dict(config), architecture.family
@@ -147,7 +146,7 @@ def for_layers(
 
 
 def _follow(found: dict[str, Any], sources: Sequence[int], depth: int, where: str) -> None:
-    """Change the settings that `rules` names to what they are for these layers of a model of `depth`."""
+    """Adapt the settings named in `rules` to these layers of a model of `depth`."""
     known = rules()
     for step, listed in known.steps:
         if _whole(found.get(step)) and found[step] > 1:
@@ -158,11 +157,11 @@ def _follow(found: dict[str, Any], sources: Sequence[int], depth: int, where: st
             found[name] = [index for index, layer in enumerate(sources) if layer in value]
         elif name in known.patterns and isinstance(value, str) and len(value) == depth:
             found[name] = "".join(value[layer] for layer in sources)
-        elif name in known.leading and _whole(value) and value <= depth:  # a greater one holds of all, at any depth
+        elif name in known.leading and _whole(value) and value <= depth:  # a greater one covers all layers at any depth
             leading = [layer < value for layer in sources]
             if leading == sorted(leading, reverse=True):
                 found[name] = sum(leading)
-            else:  # there is no such number; beside `layer_types`, which says more, it has no effect
+            else:  # there is no such number; it has no effect beside the more specific `layer_types`
                 del found[name]
         elif name in known.trailing and _whole(value):
             found[name] = sum(layer >= depth - value for layer in sources)
@@ -184,18 +183,18 @@ def _follow(found: dict[str, Any], sources: Sequence[int], depth: int, where: st
                 found[period], found[offset] = next(fits)
             except StopIteration:
                 raise UserError(
-                    f"{where}: no {period} and {offset} say of the layers that stay what they are.",
-                    f"Keep layers at equal distances, as every {every}th is of another kind.",
+                    f"{where}: no {period} and {offset} describe the remaining layers.",
+                    f"Keep layers at equal distances, because every {every}th is of another kind.",
                 ) from None
 
 
 def lists(
     entries: Sequence[PerLayer], values: Mapping[str, Any], n_layers: int, where: str, problems: list[Problem]
 ) -> dict[str, tuple[Any, ...]]:
-    """Every per-layer list of a config, by its field, as far as there is one; `problems` gets what is wrong.
+    """The per-layer lists of a config, by field; problems are added to `problems`.
 
     Args:
-        values: the config's fields, with the family's defaults, without nulls.
+        values: the config's fields with the family's defaults, without nulls.
     """
     found: dict[str, tuple[Any, ...]] = {}
     for entry in entries:
@@ -207,8 +206,8 @@ def lists(
             if _interval(stated):
                 found[entry.field] = _by_rule(entry, stated, n_layers)
             else:
-                expected = f"a positive whole number, for there is no {entry.field}"
-                remedy = f"Give the config its {entry.field}: load it with transformers 5 and save it again."
+                expected = f"a positive whole number, because there is no {entry.field}"
+                remedy = f"Add {entry.field} to the config: load it with transformers 5 and save it again."
                 problems.append(mismatch(f"{where}: {entry.every}", expected, repr(stated), remedy))
         else:
             kind = str if entry.field == "layer_types" else (str, int)
@@ -223,14 +222,14 @@ def lists(
 def _wrong_length(entry: PerLayer, value: Any, n_layers: int, where: str) -> Problem:
     return mismatch(
         f"{where}: {entry.field}",
-        f"a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one a layer",
+        f"a list of {n_layers} {'names' if entry.field == 'layer_types' else 'entries'}, one per layer",
         f"a list of {len(value)}" if isinstance(value, list) else repr(value),
         f"Make {entry.field} as long as the model is deep.",
     )
 
 
 def kinds(entries: Sequence[PerLayer], found: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...] | None:
-    """How each layer attends, in words that differ where layers must not be joined; None without a list."""
+    """The attention type of each layer, different for layers that must not be joined; None without a list."""
     words = []
     for entry in entries:
         if entry.field not in found:

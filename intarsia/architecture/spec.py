@@ -1,6 +1,6 @@
-"""Where the pieces of a layer live.
+"""The pieces of a layer, and where its tensors hold them.
 
-A *piece* is the smallest thing that may be cut out of a layer and put into another:
+A *piece* is the smallest part that can move from one layer to another:
 
 - a **KV group** of attention: one key/value head with all the query heads that read it (rows of q, k and v,
   columns of o). Under grouped-query attention query head `j` reads key/value head `j // heads_per_group`, so a
@@ -10,11 +10,11 @@ A *piece* is the smallest thing that may be cut out of a layer and put into anot
 
 A linear layer that *reads* the residual stream holds its pieces as rows (axis 0 of a `[out, in]` weight, and the
 entries of its bias); one that *writes* to it holds them as columns (axis 1), and its bias belongs to no piece.
-Along that axis a tensor is a sequence of *segments*; a segment holds every piece in order, `unit` rows each. Most
-layers have one segment. A fused projection has several, or one in which each KV group has its query heads, its key
-head and its value head one after the other (`qkv`).
+Along that axis a tensor is a sequence of *segments*; a segment holds all pieces in order, `unit` rows each. Most layers
+have one segment. A fused projection has several, or one in which each KV group has its query heads, then its key head,
+then its value head (`qkv`).
 
-Tensors have the names that they have in files. A module in memory may have others (`Family.renamed`), and those of all
+Tensors have their names in files. A module in memory may have other names (`Family.renamed`), and hold those of all
 experts in one parameter (`Family.stacked`).
 
 Nothing here imports torch: an architecture is data about a `config.json`.
@@ -43,10 +43,10 @@ class Linear:
     # Units along its cut axis: `q`, `kv`, `qkv`, `channel` or `expert` (see `Architecture.unit`).
     segments: tuple[str, ...]
     bias: bool
-    # Whether there is one for each expert, with `{expert}` in its name; the whole matrix belongs to its piece.
+    # Whether each expert has one, with `{expert}` in its name; the whole matrix belongs to its piece.
     per_expert: bool = False
-    # For a layer that belongs to no piece (a shared expert), of which a joined layer has the weighted average: its size
-    # on the side that is not the residual stream.
+    # For a layer that belongs to no piece (a shared expert) and is averaged by weight in a joined layer: its inner
+    # size.
     whole: int | None = None
 
     @property
@@ -69,10 +69,10 @@ class Norm:
     offset: float
     weight: bool
     bias: bool
-    # None: an inner norm's weight is one head's, and serves all heads. A kind of segment: it has an entry for every row
-    # of such a segment, which belongs to its piece. `head` or `kv_head`: an entry is a head's whole weight.
+    # None: an inner norm has one head's weight for all heads. A kind of segment: it has an entry for every row of such
+    # a segment, which belongs to the row's piece. `head` or `kv_head`: an entry is a head's whole weight.
     rows: str | None = None
-    # The parts whose input it makes, where they are not `part` alone; its averages then count by `part`.
+    # The parts whose input it gives, if there are others than `part`; averages use the weights of `part`.
     serves: tuple[Part, ...] = ()
 
     @property
@@ -83,25 +83,25 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """What was read from a class of `transformers` whose layers no family file describes: they can only be removed."""
+    """Facts from a class of `transformers` without a family file, whose layers can only be removed."""
 
     # Why its layers cannot be joined.
     reason: str
     # Every tensor of each layer by its name inside the layer, with its shape.
     shapes: tuple[Mapping[str, tuple[int, ...]], ...]
-    # What each layer is built like; equal where one layer can stand in the place of the other.
+    # The structure of each layer; equal if one layer can take the place of the other.
     structures: tuple[str, ...]
-    # The parameter of a layer that each tensor is in, by name inside the layer, and the first of the rows that it has
-    # there. Empty: the files hold something else than the parameters.
+    # The parameter that holds each tensor of a layer, by name inside the layer, and its first row there. Empty: the
+    # files do not hold the parameters themselves.
     rows: Mapping[str, tuple[str, int]]
-    # Parameters that are a stack of matrices, whose rows all together are those of the tensors: how many matrices.
+    # Parameters that are stacks of matrices, whose rows are those of the tensors: the number of matrices.
     stacks: Mapping[str, int]
-    # What tensors outside the layers are called in memory.
+    # Names in memory of tensors outside the layers.
     outside: Mapping[str, str]
-    # Tensors outside the layers with an equal part for each layer, and the axis along which these lie.
+    # Tensors outside the layers with an equal part for each layer, and the axis of these parts.
     tables: Mapping[str, int]
-    # Linear modules whose output is added to the residual stream times a number, in the order in which they are run;
-    # None as long as nobody looked.
+    # Linear modules whose scaled output is added to the residual stream, in the order of execution; None before they
+    # are looked up.
     writers: Mapping[str, float] | None = None
     # The module in memory that holds the layers, and the embedding.
     layers_module: str
@@ -120,28 +120,28 @@ class Architecture:
     n_query_heads: int
     n_kv_heads: int
     head_dim: int
-    # Channels of the MLP; of one expert, where `n_experts` is not 0.
+    # Channels of the MLP; of one expert if `n_experts` is not 0.
     n_channels: int
     vocabulary: int
     tied: bool
-    # How each layer attends, where the config tells layers apart; only layers of one type are joined.
+    # The attention type of each layer, if the config has any; only layers of one type are joined.
     layer_types: tuple[str, ...] | None
     config: Mapping[str, Any]
-    # What the config says layer by layer, also where it says so by a rule.
+    # Per-layer lists of the config, explicit or by a rule.
     per_layer: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     n_experts: int = 0
     # Whether attention and MLP read the same residual stream, and both are added to it.
     parallel: bool = False
-    # What a part writes is multiplied by this before the residual sum.
+    # Factor on the output of a part before the residual sum.
     residual_scale: float = 1.0
-    # What is not exact when layers of this model are joined.
+    # Approximations when layers of this model are joined.
     approximations: tuple[str, ...] = ()
     # None: a family file describes the layers, and pieces of them can be joined.
     inspected: Inspected | None = None
 
     @property
     def removal_only(self) -> bool:
-        """Whether layers can be removed, and not joined."""
+        """Whether layers can only be removed, not joined."""
         return self.inspected is not None
 
     @property
@@ -155,7 +155,7 @@ class Architecture:
         return self.inspected.embedding_module if self.inspected else self.family.modules.embedding
 
     def in_memory(self, name: str) -> str:
-        """What a tensor outside the layers is called in memory."""
+        """The name in memory of a tensor outside the layers."""
         if self.inspected is not None:
             return self.inspected.outside.get(name, name)
         if name.startswith(f"{self.family.modules.head}."):
@@ -168,7 +168,7 @@ class Architecture:
         return self.n_query_heads // self.n_kv_heads
 
     def unit(self, segment: str) -> int:
-        """Rows (or columns) that one piece takes in a segment of this kind."""
+        """Rows (or columns) of one piece in a segment of this kind."""
         units = {
             "q": self.heads_per_group * self.head_dim,
             "kv": self.head_dim,
@@ -193,15 +193,15 @@ class Architecture:
         return next(linear for linear in self.linears if linear.part == part and linear.side == "writes")
 
     def readers(self, part: Part) -> tuple[Linear, ...]:
-        """The linear layers with which a part reads its input."""
+        """The linear layers that read a part's input."""
         return tuple(linear for linear in self.linears if linear.part == part and linear.side == "reads")
 
     def norm_before(self, part: Part) -> Norm | None:
-        """The norm that makes a part's input; None where the part reads the residual stream as it is."""
+        """The norm before a part; None if the part reads the residual stream directly."""
         return next((norm for norm in self.norms if part in norm.parts and norm.place == "before"), None)
 
     def norm_after(self, part: Part) -> Norm | None:
-        """The norm that acts on what a part writes, if there is one."""
+        """The norm on a part's output, if there is one."""
         return next((norm for norm in self.norms if norm.part == part and norm.place == "after"), None)
 
     def shift_folds(self, part: Part) -> bool:
@@ -218,7 +218,7 @@ class Architecture:
         return sum(self.unit(segment) for segment in linear.segments) * self.n_pieces(linear.part)
 
     def modules(self, linear: Linear) -> tuple[str, ...]:
-        """The module of a linear layer; one for each expert, where there are several."""
+        """The module of a linear layer; one for each expert of a mixture."""
         if not linear.per_expert:
             return (linear.module,)
         return tuple(linear.module.format(expert=expert) for expert in range(self.n_experts))
@@ -237,8 +237,7 @@ class Architecture:
         return (size, self.head_dim) if norm.rows in ("head", "kv_head") else (size,)
 
     def layer_shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a layer, by its name inside the layer, with its shape; where a family file describes the
-        layers, all have the same."""
+        """The shape of every tensor of a layer, by name inside the layer; equal for all layers with a family file."""
         if self.inspected is not None:
             return dict(self.inspected.shapes[layer])
         shapes: dict[str, tuple[int, ...]] = {}
@@ -261,6 +260,6 @@ class Architecture:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer; the mean, where layers differ."""
+        """Parameters of one layer; the mean if layers differ."""
         layers = range(self.n_layers if self.inspected else 1)
         return sum(prod(shape) for layer in layers for shape in self.layer_shapes(layer).values()) // len(layers)

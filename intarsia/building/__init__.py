@@ -1,1 +1,1 @@
-"""From a recipe to a model."""
+"""Building: from a recipe to a model."""

@@ -1,4 +1,4 @@
-"""From an op to the tensors of an output layer, and from the tensors of files to the parameters in memory and back."""
+"""From an op to the tensors of an output layer, and between tensors in files and parameters in memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from intarsia.recipe.methods import METHODS
 from intarsia.recipe.recipe import Concat, Cut, LayerRef, Merge, Mix, Op, Select
 
 Read = Callable[[LayerRef, str], Tensor]
-"""Gives a source layer's tensor by its name inside the layer."""
+"""Reads a source layer's tensor by its name inside the layer."""
 
 
 def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, architecture: Architecture) -> None:
-    """Scale what a part adds to the residual stream, where that is done last: a norm takes back what stands before."""
+    """Scale the output of a part at its last step, because a norm would undo an earlier scale."""
     after = architecture.norm_after(part)
     writers = [linear for linear in architecture.linears if linear.part == part and linear.side == "writes"]
     modules = [module for linear in writers for module in architecture.modules(linear)]
@@ -35,7 +35,7 @@ def scale_output(tensors: dict[str, Tensor], part: Part, scale: float, architect
 
 
 def parts_of_tensors(architecture: Architecture) -> dict[str, Part]:
-    """Which part a layer's tensor belongs to, by its name inside the layer."""
+    """The part of each tensor of a layer, by its name inside the layer."""
     parts = {norm.module: norm.part for norm in architecture.norms} | {
         module: linear.part for linear in architecture.linears for module in architecture.modules(linear)
     }
@@ -43,7 +43,7 @@ def parts_of_tensors(architecture: Architecture) -> dict[str, Part]:
 
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
-    """A generator that is the same whenever the seed and the names are, whatever was drawn before."""
+    """A generator that depends only on the seed and the names."""
     digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -59,7 +59,7 @@ def _mixed(op: Merge, mix: Mix, name: str, read: Read) -> Tensor:
         base = read(op.base, name)
     given: dict[str, Any] = method.arguments(mix.params)
     if method.random:
-        # A variant's name decides nothing about a model, so it does not decide what is drawn either.
+        # A variant's name must not affect the model, so it does not seed the generator.
         seed = int(mix.params["seed"])
         given["generators"] = [generator_for(seed, op.sources[index].layer, name, index) for index in counted]
     found: Tensor = method.function(tensors, weights, base, **given)
@@ -71,11 +71,11 @@ _Fold: TypeAlias = "Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | Non
 
 
 def layer_tensors(op: Op, architecture: Architecture, read: Read) -> dict[str, Tensor]:
-    """Every tensor of the output layer that `op` describes, by its name inside the layer.
+    """Every tensor of an op's output layer, by its name inside the layer.
 
     Returns:
-        Tensors in the dtype of their sources and of the shapes in `architecture.layer_shapes()`. For a `Select` they
-        are the source's own tensors, not copies.
+        Tensors in the dtype of their sources, with the shapes in `architecture.layer_shapes()`. For a `Select` they are
+        the source's own tensors, not copies.
     """
     if isinstance(op, Select):
         return {name: read(op.source, name) for name in architecture.layer_shapes(op.source.layer)}
@@ -111,13 +111,13 @@ def _norm_tensors(norm: Norm, op: Concat, architecture: Architecture, read: Read
     source = _only_source(norm, op, architecture)
     if source is not None:
         return {name: read(source, name) for name in names.values()}
-    # A bias that no linear layer can take goes into their weights, which then read ones (`fold_centred_norm`).
+    # A bias that no linear layer can take is folded into their weights, and becomes ones (`fold_centred_norm`).
     neutral = {"weight": 1.0 - norm.offset, "bias": 0.0 if architecture.shift_folds(norm.part) else 1.0}
     return {name: torch.full_like(read(op.cuts[0].source, name), neutral[kind]) for kind, name in names.items()}
 
 
 def _only_source(norm: Norm, op: Concat, architecture: Architecture) -> LayerRef | None:
-    """The layer whose pieces are all that reads a norm: the norm stays as it is, to the bit."""
+    """The only layer whose pieces read a norm, which then stays bit-identical."""
     for cut in op.cuts:
         whole = all(len(cut.pieces(part)) == architecture.n_pieces(part) for part in norm.parts)
         if whole and not op.fuse and all(cut.weights.get(part) == 1.0 for part in norm.parts):
@@ -126,7 +126,7 @@ def _only_source(norm: Norm, op: Concat, architecture: Architecture) -> LayerRef
 
 
 def _rows(norm: Norm, segment: str, name: str, op: Concat, architecture: Architecture, read: Read) -> Tensor:
-    """Entries of a norm that belong to rows of a projection, each with its piece."""
+    """Entries of a norm that belong to rows of a projection, taken with their pieces."""
     rows = Linear(module=norm.module, part=norm.part, side="reads", segments=(segment,), bias=False)
     cuts = [(cut.source, cut.pieces(norm.part)) for cut in op.cuts if cut.pieces(norm.part)]
     return join([take(read(source, name), positions(architecture, rows, pieces), 0) for source, pieces in cuts], 0)
@@ -140,12 +140,12 @@ def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read
     reads, axis = linear.side == "reads", linear.cut_axis
     cuts = [cut for cut in op.cuts if cut.pieces(linear.part)]
     wanted = [positions(architecture, linear, cut.pieces(linear.part)) for cut in cuts]
-    # Segment by segment, in each the cuts one after the other; together they fill the tensor.
+    # Fill the tensor segment by segment, and each segment cut by cut.
     lengths = [len(where) for segment in zip(*wanted, strict=True) for where in segment]
     shape = architecture.layer_shapes()[f"{linear.module}.weight"]
     weight = bias = None
     for number, cut in enumerate(cuts):
-        # One source at a time and some of its rows: besides the result, one matrix is in memory at most.
+        # Some rows of one source at a time, so that at most one matrix is in memory besides the result.
         source = read(cut.source, f"{linear.module}.weight")
         # The bias of a writing layer belongs to no piece; it is averaged below.
         offsets = read(cut.source, f"{linear.module}.bias") if linear.bias and reads else None
@@ -159,7 +159,7 @@ def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read
                 weight.split(lengths, axis)[place][rows] = folded
                 if bias is not None and entries is not None:
                     bias.split(lengths)[place][rows] = entries
-        del source  # 8-bit weights are made when they are read
+        del source  # a dequantised weight takes memory of its own
     assert weight is not None, "pieces of all sources fill a tensor"
     tensors = {f"{linear.module}.weight": weight}
     if linear.bias:
@@ -169,12 +169,12 @@ def _linear_tensors(linear: Linear, op: Concat, architecture: Architecture, read
 
 
 def _widened(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in the dtype that holds another one's entries too, as `torch.cat` finds it; an empty one for none."""
+    """The tensor (an empty one for None) in the common dtype with another, as in `torch.cat`."""
     return torch.empty(shape, dtype=dtype) if tensor is None else tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
 def _expert_tensors(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
-    """The matrices of every expert that is kept, each under the number of its new place."""
+    """The matrices of all kept experts, under their new numbers."""
     tensors: dict[str, Tensor] = {}
     modules = architecture.modules(linear)
     kept = [(cut, expert) for cut in op.cuts for expert in cut.pieces(linear.part)]
@@ -187,7 +187,7 @@ def _expert_tensors(linear: Linear, op: Concat, architecture: Architecture, read
 
 
 def _averaged_linear(linear: Linear, op: Concat, architecture: Architecture, read: Read) -> dict[str, Tensor]:
-    """The weighted average of a linear layer of which nothing is a piece, each with its own norm folded in."""
+    """The weighted average of a linear layer without pieces, each with its own norm folded in."""
     folded = [_folded_linear(linear.module, linear, cut, op, architecture, read) for cut in op.cuts]
     shares = [cut.weights[linear.part] for cut in op.cuts]
     tensors = {f"{linear.module}.weight": weighted_sum([weight for weight, _ in folded], shares)}
@@ -199,14 +199,14 @@ def _averaged_linear(linear: Linear, op: Concat, architecture: Architecture, rea
 def _folded_linear(
     module: str, linear: Linear, cut: Cut, op: Concat, architecture: Architecture, read: Read
 ) -> tuple[Tensor, Tensor | None]:
-    """A whole linear layer of a source, with the norm of its own layer folded in, if it is to be."""
+    """A whole linear layer of a source, with its own norm folded in, if norms are folded."""
     weight = read(cut.source, f"{module}.weight")
     bias = read(cut.source, f"{module}.bias") if linear.bias else None
     return _fold(cut, linear, op, architecture, read)(weight, bias)
 
 
 def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read: Read) -> _Fold:
-    """How rows (and entries of their bias) take in the norm of their own layer, where it is to be folded in."""
+    """A function that folds the source's norm into rows and their bias entries, if norms are folded."""
     folds = linear.side == "reads" and op.norm == "fold"
     norm = architecture.norm_before(linear.part) if folds else None
     if norm is None or _only_source(norm, op, architecture) is not None:
@@ -224,7 +224,7 @@ def _fold(cut: Cut, linear: Linear, op: Concat, architecture: Architecture, read
 
 
 def parameter_name(local: str, architecture: Architecture) -> str:
-    """The parameter in which a tensor of the files is in memory, both by names inside the layer."""
+    """The parameter that holds a tensor of the files, both by names inside the layer."""
     return _held(architecture)[0][local][0]
 
 
@@ -235,12 +235,12 @@ def tensor_names(parameter: str, architecture: Architecture) -> tuple[str, ...]:
 
 
 def parameter_names(architecture: Architecture) -> tuple[str, ...]:
-    """Every parameter of a layer in memory, in the order of the files' tensors; of some layers, where they differ."""
+    """Every parameter of a layer in memory, in the order of the files' tensors; the union if layers differ."""
     return tuple(dict.fromkeys(parameter for parameter, _ in _held(architecture)[0].values()))
 
 
 def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """A layer's parameters in memory from its tensors in files; one that holds a single tensor is that tensor."""
+    """A layer's parameters in memory from its tensors in files; a single tensor is not copied."""
     rows, stacks = _held(architecture)
     parts: dict[str, dict[int, Tensor]] = {}
     for name in (name for name in tensors if name in rows):
@@ -254,7 +254,7 @@ def to_parameters(tensors: Mapping[str, Tensor], architecture: Architecture) -> 
 
 
 def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The way back: a layer's tensors as in files, from all of its parameters or some."""
+    """The inverse: a layer's tensors in files from all or some of its parameters."""
     rows, stacks = _held(architecture)
     found: dict[str, Tensor] = {}
     for parameter, tensor in parameters.items():
@@ -266,8 +266,8 @@ def to_tensors(parameters: Mapping[str, Tensor], architecture: Architecture) -> 
 
 
 def _held(architecture: Architecture) -> tuple[Mapping[str, tuple[str, int]], Mapping[str, int]]:
-    """For each tensor of a layer's files the parameter that holds it, and its first row there; and how many matrices
-    lie in a parameter of three dimensions."""
+    """For each tensor of a layer in files its parameter and first row there; and the number of matrices in
+    three-dimensional parameters."""
     if architecture.inspected is not None:
         return architecture.inspected.rows, architecture.inspected.stacks
     shapes, family, stacks = architecture.layer_shapes(), architecture.family, dict[str, int]()

@@ -1,10 +1,10 @@
-"""A checkpoint as a `transformers` model, and a recipe's layers beside it, sharing every layer that does not change.
+"""A checkpoint as a `transformers` model, and a recipe's layers, which share every unchanged layer with it.
 
 The original model is loaded once. A selected layer is the original module itself; a concatenated or merged one is a
 new module whose tensors come from the same function that builds to disk, read from the checkpoint's files.
 
-A model that is streamed is the same with layers at rest (`intarsia.building.offload`): embedding, final norm and head
-stay in memory, and a layer has values only while it is awake. Whoever works with layers wakes them, one at a time.
+In a streamed model, layers are at rest (`intarsia.building.offload`): embedding, final norm and head stay in memory,
+and a layer has values only while it is awake. Code that works with layers wakes them, one at a time.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from intarsia.recipe.recipe import Fitted, LayerRef, Op, Recipe, Select
 
 @contextmanager
 def refusals_named(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what transformers raises for a config or weights that it does not take into a user's error.
+    """Turn errors of transformers about a config or weights into a user error.
 
     Raises:
-        UserError: with its reason.
+        UserError: with the reason.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # which one differs from class to class
+    except Exception as error:  # the type of error differs between classes
         if type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) is not None:
             raise
         raise UserError(
-            f"transformers {version('transformers')} does not load {checkpoint.folder}: {in_words(error)}.",
-            "Correct its config.json, or use the version of transformers that it was made for.",
+            f"transformers {version('transformers')} cannot load {checkpoint.folder}: {in_words(error)}.",
+            "Correct its config.json, or use the version of transformers it was made for.",
         ) from error
 
 
 def check_config(checkpoint: Checkpoint) -> None:
-    """Check that transformers takes the configs and finds all that is outside the layers; no weight is loaded.
+    """Check that transformers accepts the configs and finds all tensors outside the layers, without loading weights.
 
     Raises:
         UserError: it does not; see `refusals_named`.
@@ -93,7 +93,7 @@ def stock_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def skeleton(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode, all but its layers on `device`; parameters of layers are on the meta device."""
+    """The model in evaluation mode on `device`, except its layers, whose parameters are on the meta device."""
     from accelerate import init_empty_weights
 
     with refusals_named(checkpoint), init_empty_weights(include_buffers=False):
@@ -128,7 +128,7 @@ def _check(checkpoint: Checkpoint, absent: Iterable[str]) -> None:
     """Refuse a checkpoint that lacks one of the parameters outside the layers."""
     layers = f"{checkpoint.architecture.layers_in_memory}."
     Problems(
-        Problem(f"{checkpoint.folder} has no tensor {name}, and the model has this parameter.", "Get it again.")
+        Problem(f"{checkpoint.folder} has no tensor {name}, which the model needs.", "Download it again.")
         for name in absent
         if not name.startswith(layers)
     ).raise_any(most=5)
@@ -138,17 +138,17 @@ _ALIGNED = 64  # bytes
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The checkpoint as a transformers model in evaluation mode, on `device`.
 
-    A text model inside a multimodal one, or weights of 8 bits, are handed over tensor by tensor.
+    A text model inside a multimodal one, or 8-bit weights, are loaded tensor by tensor.
 
     Args:
-        dtype: defaults to the dtype of the embedding in the file (nothing is converted).
+        dtype: default is the embedding's in the file, which needs no conversion.
     """
     dtype = dtype or _stored_dtype(checkpoint)
     with quiet_transformers(), refusals_named(checkpoint):
@@ -171,13 +171,13 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 class LoadedModel:
-    """The original model and the modules of other layers made from it.
+    """The original model, and modules of other layers made from it.
 
     Attributes:
-        model: the original transformers model, complete; where it is streamed its layers are at rest.
+        model: the original transformers model; if it is streamed, its layers are at rest.
         layers: its layer modules, in order.
-        others: checkpoints of the same shapes from which recipes may take layers too, by the variants' names.
-        offload: where layers are kept while they are not run; None where the model is in memory.
+        others: checkpoints of the same shapes for recipes, by the variants' names.
+        offload: keeps layers while they are not in use; None if the model is in memory.
     """
 
     def __init__(
@@ -192,8 +192,8 @@ class LoadedModel:
     ) -> None:
         """
         Args:
-            stream: leave the layers in their files until they are needed.
-            devices: lay the layers over these, in blocks; `device`, the first of them, has the rest of the model.
+            stream: read layers from their files when they are needed.
+            devices: spread the layers over these in blocks; `device`, the first of them, has the rest of the model.
         """
         assert not (stream and len(devices) > 1), "layers that are streamed run on one device"
         self.checkpoint = checkpoint
@@ -211,7 +211,7 @@ class LoadedModel:
         self.layers: list[nn.Module] = list(layers)
         if len(devices) > 1:
             self.model.set_submodule(self.architecture.layers_in_memory, nn.ModuleList())
-            # Before the rest is moved: it counts as still to come to the first device.
+            # Before the rest is moved, which is reserved on the first device.
             place_layers(self.layers, sum(parameter.nbytes for parameter in self.model.parameters()), devices)
             nn.Module.to(self.model, device)
             self.model.set_submodule(self.architecture.layers_in_memory, layers)
@@ -226,19 +226,19 @@ class LoadedModel:
         return self.offload is not None
 
     def awake(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """A layer module, with its values while the block runs."""
+        """A context in which a layer module has its values."""
         return nullcontext(module) if self.offload is None else self.offload.awake(module)
 
     def walk(self, modules: Iterable[nn.Module], *, ahead: bool = True) -> Iterator[nn.Module]:
-        """One layer module after the other, each with its values until the next is asked for.
+        """Layer modules one at a time, each with its values until the next is requested.
 
         Args:
-            ahead: read the next one meanwhile, where the model is streamed.
+            ahead: prefetch the next one, if the model is streamed.
         """
         return iter(list(modules)) if self.offload is None else self.offload.walk(modules, ahead=ahead)
 
     def module(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]] | None = None) -> nn.Module:
-        """The layer module for an op: the original one for a plain `Select`, else a new one.
+        """The layer module for an op: the original module for a plain `Select`, else a new one.
 
         Args:
             fitted: tensors that replace the op's own, by name inside the layer.
@@ -247,14 +247,14 @@ class LoadedModel:
             return self.layers[op.source.layer]
         if self.offload is not None:
             module = twin(self.layers[op.sources[0].layer])
-            # Not the module itself: an offloaded layer is freed when nothing else refers to it.
+            # A weak reference, so that an unused offloaded layer is freed.
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
             self.offload.put(module, op, partial(self._values, op, fitted or {}, dtypes))
             return module
         return self.fresh(op.sources[0].layer, self._made(op, fitted or {}))
 
     def fresh(self, donor: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A new layer module like original layer `donor`, with these parameters in the model's dtype."""
+        """A new layer module of the type of original layer `donor`, with these parameters in the model's dtype."""
         original = self.layers[donor]
         module = twin(original)
         for name, parameter in original.named_parameters():
@@ -263,7 +263,7 @@ class LoadedModel:
         return module
 
     def _made(self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
-        """A layer's parameters as in a built folder: what is fitted is rounded to the dtype of the files."""
+        """A layer's parameters as in a built folder: fitted tensors are rounded to the dtype of the files."""
 
         def read(ref: LayerRef, local: str) -> Tensor:
             return self.others.get(ref.variant, self.checkpoint).layer_tensor(ref.layer, local)
@@ -273,7 +273,7 @@ class LoadedModel:
         return to_parameters(tensors, self.architecture)
 
     def _original_values(self, layer: int) -> dict[str, Tensor]:
-        """An original layer's values: mapped from the files, as `transformers` itself has them."""
+        """An original layer's values, mapped from the files as in `transformers`."""
         stored = {name: self.checkpoint.layer_tensor(layer, name) for name in self.architecture.layer_shapes(layer)}
         found = to_parameters(stored, self.architecture)
         return {name: found[name].to(parameter.dtype) for name, parameter in self.layers[layer].named_parameters()}
@@ -281,24 +281,24 @@ class LoadedModel:
     def _values(
         self, op: Op, fitted: Mapping[str, npt.NDArray[np.float32]], dtypes: Mapping[str, torch.dtype]
     ) -> dict[str, Tensor]:
-        """The values of a layer that is made, in the model's dtype; its tensors are freed one by one."""
+        """The values of a made layer in the model's dtype; its tensors are freed one by one."""
         tensors = self._made(op, fitted)
         values = {name: _own(tensors.pop(name).to(dtype)) for name, dtype in dtypes.items()}
         for array in fitted.values():
             let_go(array)
-        give_back()  # what making it took on the way
+        give_back()  # release temporary memory
         return values
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A tensor that lies as torch allocates it: kernels may give other last bits where it does not."""
+    """A tensor in torch's own alignment; kernels may give other last bits without it."""
     return tensor if tensor.data_ptr() % _ALIGNED == 0 and tensor.is_contiguous() else tensor.clone()
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """Another module of the same kind on the same parameters; replacing one of its parameters leaves the first alone.
+    """A copy of a module on the same parameters; replacing one of its parameters does not affect the original.
 
-    Hooks are left out: what transformers hangs on a model's layers means nothing outside it, and cannot be pickled.
+    Hooks are not copied: those of transformers have no meaning outside the model, and cannot be pickled.
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     for part in module.modules():
@@ -308,7 +308,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 Tensors: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
-"""What is fitted on a layer, by name inside it."""
+"""The fitted tensors of a layer, by name inside it."""
 
 Layer: TypeAlias = tuple[Op, Tensors | None]
 
@@ -321,10 +321,10 @@ class Placed(NamedTuple):
 
 
 class RecipeLayers:
-    """Layers that can be exchanged.
+    """The current layers of a model, which can be exchanged.
 
     Attributes:
-        ops: what each layer is made of.
+        ops: the op of each layer.
         fitted: the tensors that replace each layer's own, or None.
         modules: the layers' modules.
     """
@@ -343,33 +343,33 @@ class RecipeLayers:
         return len(self.ops)
 
     def placed(self, start: int = 0, stop: int | None = None) -> list[Placed]:
-        """Layers `start` .. `stop - 1` (default: to the last), to be run."""
+        """Layers `start` .. `stop - 1` (default: to the last), ready to run."""
         layers = zip(self.modules[start:stop], self.ops[start:stop], strict=True)
         return [Placed(module, op.sources[0].layer) for module, op in layers]
 
     def become(self, ops: Sequence[Op], fitted: Fitted | None = None) -> None:
-        """Be made of other layers from now on."""
+        """Replace all layers."""
         self.ops = list(ops)
         self.fitted: list[Tensors | None] = [(fitted or {}).get(index) or None for index in range(len(ops))]
         self.modules = [self.resident.module(op, own) for op, own in zip(self.ops, self.fitted, strict=True)]
 
     def exchange(self, start: int, count: int, ops: Sequence[Op]) -> None:
-        """Put `ops` in the place of `count` layers."""
+        """Replace `count` layers by `ops`."""
         self.ops[start : start + count] = ops
         self.fitted[start : start + count] = [None] * len(ops)
         self.modules[start : start + count] = [self.resident.module(op) for op in ops]
 
     def fit(self, index: int, fitted: Tensors | None, module: nn.Module | None = None) -> None:
-        """Have these tensors, or none, on a layer (`module` with them, where there is one)."""
+        """Set the fitted tensors of a layer, or None (`module` has them, if given)."""
         if fitted is not self.fitted[index]:
             self.fitted[index] = fitted
-            # An offloaded module takes no memory, which one with values does.
+            # Unlike one with values, an offloaded module takes no memory.
             keep = module if not self.resident.streams else None
             self.modules[index] = keep or self.resident.module(self.ops[index], fitted)
 
 
 def is_whole(layers: Sequence[Layer], n_layers: int) -> bool:
-    """Whether these are all layers of the original, in order, as they were."""
+    """Whether these are all original layers, in order and unchanged."""
     return len(layers) == n_layers and all(
         isinstance(op, Select) and op.source.layer == index and fitted is None
         for index, (op, fitted) in enumerate(layers)

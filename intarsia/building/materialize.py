@@ -1,11 +1,11 @@
-"""A recipe's model on disk, one layer at a time; or whole in memory, like the one that a built folder gives.
+"""A recipe's model on disk, built one layer at a time; or in memory, equal to the one loaded from a built folder.
 
 On disk, peak memory is a few layers and the largest single tensor, whatever the depth: sources are memory-mapped tensor
-by tensor, and every tensor is written and let go before the next layer is made.
+by tensor, and every tensor is written and released before the next layer.
 
-In memory, what the recipe leaves alone (embedding, head, selected layers) shares its parameters with the resident
-model, so that it costs no more memory than the layers that are new. Its numbers are those of the built folder, bit for
-bit: tensors come from the same function and are rounded in the same order.
+In memory, unchanged parts (embedding, head, selected layers) share their parameters with the resident model, so that
+only new layers take memory. The values equal those of the built folder bit for bit: tensors come from the same function
+and are rounded in the same order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from intarsia.recipe.recipe import LayerRef, Recipe
 from intarsia.recipe.validate import check
 
 RECIPE_FILE = Path("recipe") / "recipe.yaml"
-"""Where a built model carries its recipe: in a folder of its own, because some runtimes load every safetensors file
-that lies beside the weights."""
+"""The path of the recipe in a built model: in a separate folder, because some runtimes load every safetensors file
+beside the weights."""
 
 
 def materialize(
@@ -53,7 +53,7 @@ def materialize(
 
     Args:
         variants: the opened checkpoint of every variant, by name.
-        finish: called with the staging folder before it is published, to add files (a model card).
+        finish: called with the staging folder before it is published, to add files such as the model card.
 
     Raises:
         UserError: the recipe does not fit the variants, a built tensor is not finite, or the folder cannot be
@@ -64,10 +64,10 @@ def materialize(
     check_config(base)
     kept = [op.sources[0].layer for op in recipe.layers]
     if (reason := problem_of(base.architecture, kept)) is not None:
-        raise UserError(f"The layers of this recipe make no model: {reason}.", "Remove others.")
+        raise UserError(f"The layers of this recipe do not make a valid model: {reason}.", "Remove other layers.")
     kinds = base.architecture.layer_types or ()
     for kind in dict.fromkeys(kind for kind in kinds if kind not in {kinds[layer] for layer in kept}):
-        current().say(f"no layer of kind {kind} stays")
+        current().say(f"no layer of kind {kind} is left")
     outside = base.outside_names()
     plans = [
         TensorPlan(
@@ -128,7 +128,7 @@ def materialize(
 
 
 def outside_tensor(checkpoint: Checkpoint, name: str, kept: Sequence[int], *, meta: bool = False) -> Tensor:
-    """A tensor outside the layers for a model of these layers; one with a part for each layer has those of theirs.
+    """A tensor outside the layers for a model of these layers; a tensor with a part for each layer is sliced.
 
     Args:
         meta: without its values.
@@ -146,7 +146,7 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
 
     Args:
         recipe: over the resident model alone.
-        resident: stays as it is. Neither of the two models' parameters may be changed in place afterwards.
+        resident: shares parameters; neither model's may be changed in place afterwards.
     """
     model = twin(resident.model)
     assert isinstance(model, PreTrainedModel)
@@ -155,7 +155,7 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
         layer = twin(resident.module(op, recipe.fitted.get(index)))
         parts: Iterator[Any] = layer.modules()
         for part in parts:
-            # What is kept for later tokens is found by the layer's index in the model, not by its source.
+            # The cache is indexed by the layer's position in the model, not by its source.
             for name in ("layer_idx", "layer_id"):
                 if isinstance(getattr(part, name, None), int):
                     setattr(part, name, index)
@@ -174,7 +174,7 @@ def assembled(recipe: Recipe, resident: LoadedModel) -> PreTrainedModel:
 
 
 def _config(kept: Sequence[int], resident: LoadedModel) -> PreTrainedConfig:
-    """The config of the built folder, and of the resident model what is decided when a model is loaded."""
+    """The config of the built folder, with the resident model's settings from loading."""
     with tempfile.TemporaryDirectory(prefix="intarsia-config-") as folder:
         values = shallower_config(resident.checkpoint, kept)
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
@@ -182,7 +182,7 @@ def _config(kept: Sequence[int], resident: LoadedModel) -> PreTrainedConfig:
     assert isinstance(config, PreTrainedConfig)
     config.dtype = resident.model.dtype
     config._attn_implementation = resident.model.config._attn_implementation
-    # How experts are computed is decided at loading too, by transformers that has several kernels.
+    # The kernel for experts is also chosen at loading, in versions of transformers with several.
     if hasattr(resident.model.config, "_experts_implementation"):
         config._experts_implementation = resident.model.config._experts_implementation
     return config

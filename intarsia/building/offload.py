@@ -1,4 +1,4 @@
-"""Layers that are in memory only while they are used, and layers spread over several devices."""
+"""Offloading: layers that are in memory only while in use, and layers spread over several devices."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from intarsia.checkpoint.files import give_back
 from intarsia.recipe.recipe import Op
 
 Values: TypeAlias = Mapping[str, Tensor]
-"""A layer's tensors by the names of its parameters, on the device that it runs on."""
+"""A layer's tensors by parameter name, on the device of the layer."""
 
 _PAGE = 4096
 
 
 @dataclass(kw_only=True, eq=False)
 class _Rest:
-    """What is known of a layer while it is at rest: how to read it, and its parameters without values."""
+    """The state of an offloaded layer: how to read it, and its parameters without values."""
 
     op: Op
     read: Callable[[], Values]
     empty: Mapping[str, nn.Parameter]
-    # Blocks and forwards under way that need the values; forwards may be in several threads.
+    # Number of open blocks and running forwards that need the values; forwards may be in several threads.
     users: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    # The values, where they are read ahead.
+    # The values, if they are prefetched.
     coming: Future[Values] | None = None
 
 
 class Offload:
-    """Keeps layers at rest.
+    """Offloads layers, and reads them when they are needed.
 
     Attributes:
-        reads: how often a layer was read, by what it is made of.
-        in_memory: how many layers are in memory now; `most`: how many were at once, at most.
+        reads: number of reads of each op.
+        in_memory: number of layers in memory now; `most`: its maximum so far.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,20 +52,20 @@ class Offload:
         self.in_memory = self.most = 0
         self._device = device
         self._known: WeakKeyDictionary[nn.Module, _Rest] = WeakKeyDictionary()
-        # Always in the thread: what is made under `inference_mode` could take no part in a gradient.
+        # Always read in the thread: tensors made under `inference_mode` cannot take part in a gradient.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="intarsia-read")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lock = threading.Lock()
 
     def put(self, module: nn.Module, op: Op, read: Callable[[], Values]) -> None:
-        """Take a layer, whose parameters have no values, into keeping; `read` gives them."""
+        """Register a layer whose parameters have no values; `read` gives them."""
         self._known[module] = _Rest(op=op, read=read, empty=dict(module.named_parameters()))
         module.register_forward_pre_hook(lambda module, args: self._wake(module))
         module.register_forward_hook(lambda module, args, output: self._sleep(module), always_call=True)
 
     @contextmanager
     def awake(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The layer, with its values while the block runs."""
+        """A context in which the layer has its values."""
         self._wake(module)
         try:
             yield module
@@ -73,10 +73,10 @@ class Offload:
             self._sleep(module)
 
     def walk(self, modules: Iterable[nn.Module], *, ahead: bool = True) -> Iterator[nn.Module]:
-        """One layer after the other, each with its values until the next is asked for.
+        """Layers one at a time, each with its values until the next is requested.
 
         Args:
-            ahead: read the next one meanwhile; not where work on a layer takes long, and its memory.
+            ahead: prefetch the next one; not for long or memory-hungry work on a layer.
         """
         path = list(modules)
         following: _Rest | None = None
@@ -89,20 +89,20 @@ class Offload:
                     yield module
         finally:
             if following is not None and following.coming is not None:
-                with suppress(Exception):  # nobody asks for it any more
+                with suppress(Exception):  # it is no longer needed
                     following.coming.result()
                     self._count(-1)
                 following.coming = None
 
     def _wake(self, module: nn.Module) -> None:
         rest = self._known.get(module)
-        if rest is None:  # it has values of its own
+        if rest is None:  # it is not offloaded
             return
         with rest.lock:
             if not rest.users:
                 coming, rest.coming = rest.coming or self._thread.submit(self._read, rest), None
                 for name, value in coming.result().items():
-                    if value.is_cuda:  # made on another stream: not to be reused before this one is done with it
+                    if value.is_cuda:  # made on another stream, so keep it until this one has finished with it
                         value.record_stream(torch.cuda.current_stream(value.device))
                     set_parameter(module, name, value)
             rest.users += 1
@@ -112,7 +112,7 @@ class Offload:
         if rest is None:
             return
         with rest.lock:
-            if not rest.users:  # it could not be read
+            if not rest.users:  # reading failed
                 return
             rest.users -= 1
             if not rest.users:
@@ -148,7 +148,7 @@ class Offload:
 
 
 def _touch(value: Tensor) -> None:
-    """Read every page of a mapped tensor now, in this thread, so that whoever computes with it need not wait."""
+    """Read every page of a mapped tensor in this thread, so that computation does not wait for the disk."""
     flat = value.detach().reshape(-1).view(torch.uint8) if value.is_contiguous() and value.numel() else None
     if flat is not None:
         flat[::_PAGE].max()
@@ -158,10 +158,10 @@ _SHARE_OF_FREE = 0.8  # the rest is for hidden states and logits
 
 
 def place_layers(layers: Sequence[nn.Module], outside: int, devices: Sequence[torch.device]) -> None:
-    """Lay a model's layers over devices, in blocks as their free memory allows.
+    """Spread a model's layers over devices, in blocks by free memory.
 
     Args:
-        outside: bytes of the rest of the model, which the first device is still to have.
+        outside: bytes of the rest of the model, to reserve on the first device.
     """
     sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers]
     free = [free_bytes(device) * _SHARE_OF_FREE for device in devices]
@@ -171,7 +171,7 @@ def place_layers(layers: Sequence[nn.Module], outside: int, devices: Sequence[to
 
 
 def blocks(sizes: Sequence[int], free: Sequence[float]) -> list[int]:
-    """Which block each layer belongs to: in order, each block's share of the bytes that of its free memory."""
+    """The block of each layer: in order, with sizes in proportion to the free memory."""
     room = [max(share, 0.0) for share in free]
     room = room if any(room) else [1.0] * len(free)
     ends = [sum(sizes) * end / sum(room) for end in accumulate(room)]
@@ -180,12 +180,12 @@ def blocks(sizes: Sequence[int], free: Sequence[float]) -> list[int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Free memory of a device."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter, without gradient; a parameter stays the same object."""
+    """Replace the values of a parameter, without gradient; an existing parameter stays the same object."""
     owner, _, attribute = name.rpartition(".")
     parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
     setattr(module.get_submodule(owner), attribute, parameter)

@@ -1,7 +1,7 @@
 """Merge operators: weight arithmetic over tensors of one shape.
 
-Each is registered with `intarsia.registry.merge_op`, and is all that there is to say of it: recipes, the search space
-and `build` read the rest from its signature. The help reads this module, so torch is imported inside functions.
+Each is registered with `intarsia.registry.merge_op`; recipes, the search space and `build` read its parameters from the
+signature. The help imports this module, so torch is imported inside functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype in which merging computes: float32 or better."""
+    """The tensor in the dtype of merging: float32 or better."""
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -44,7 +44,7 @@ def linear(tensors: Iterable[Tensor], weights: Iterable[float], base: Tensor | N
     return total.to(dtype)
 
 
-_PARALLEL = 1e-6  # Of 1 - |cos|: below it sines are too small to divide by.
+_PARALLEL = 1e-6  # Least 1 - |cos|: below it, sines are too small to divide by.
 
 
 @merge_op("slerp", sources=(2, 2), weights="sum 1", search={"lead": (0.1, 0.9)})
@@ -52,8 +52,8 @@ def slerp(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | No
     """Spherical interpolation (Shoemake, SIGGRAPH 1985) of two matrices; of vectors the weighted sum.
 
     With A the angle between them as vectors, and t the second weight: sin((1-t) A) / sin(A) * first + sin(t A) / sin(A)
-    * second. They keep their lengths. Where A says nothing (a zero tensor), or is so near 0 or pi that the arc is a
-    point or any half circle, it is the straight line between them.
+    * second. They keep their lengths. If A is undefined (a zero tensor), or too near 0 or pi to define an arc, it is
+    the straight line between them.
     """
     first, second = tensors
     if first.ndim == 1:
@@ -102,7 +102,7 @@ def ties(
     density: Annotated[float, Bounds(0.0, 1.0, open=True)] = 0.2,
     lambda_: Annotated[float, Bounds(-100.0, 100.0)] = 1.0,
 ) -> Tensor:
-    """TIES: base + lambda * disjoint mean of the trimmed differences; those of vectors are not trimmed."""
+    """TIES: base + lambda * disjoint mean of the trimmed differences; vectors are not trimmed."""
     start = wide(base)
     trimmed = [trim(wide(tensor) - start, 1.0 if base.ndim == 1 else density) for tensor in tensors]
     return (start + lambda_ * disjoint_mean(trimmed, weights)).to(base.dtype)
@@ -120,7 +120,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
 
 def smallest(size: Tensor, index: int) -> float:
-    """The entry that stands at `index` (from 0) when they are sorted, the least first."""
+    """The entry at `index` (from 0) of the ascending order."""
     # numpy partitions a hundred times faster than torch's kthvalue finds an entry.
     return float(np.partition(size.reshape(-1).cpu().numpy(), index)[index])
 
@@ -128,8 +128,8 @@ def smallest(size: Tensor, index: int) -> float:
 def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Sign election and disjoint mean of TIES.
 
-    An entry's elected sign is that of sum_i w_i D_i; its value is the mean, weighted by w_i, of those D_i that are not
-    0 and have this sign. Where no sign has the majority it is 0. With equal weights this is the paper's formula.
+    An entry's elected sign is that of sum_i w_i D_i; its value is the mean, weighted by w_i, of those nonzero D_i with
+    this sign, or 0 without a majority. With equal weights this is the paper's formula.
     """
     import torch
 
@@ -154,7 +154,7 @@ def dare_linear(
     generators: Sequence[torch.Generator],
     density: Annotated[float, Bounds(0.0, 1.0, open=True)] = 0.5,
 ) -> Tensor:
-    """DARE, then task arithmetic: base + sum_i w_i drop(D_i); nothing is dropped of vectors."""
+    """DARE, then task arithmetic: base + sum_i w_i drop(D_i); vectors are not dropped."""
     if base.ndim == 1:
         return task_arithmetic(tensors, weights, base)
     start, pairs = wide(base), zip(tensors, generators, strict=True)
@@ -182,7 +182,7 @@ def dare_ties(
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Each entry stays with probability `density`, and is then divided by it."""
+    """Keep each entry with probability `density`, and divide it by `density`."""
     import torch
 
     if density >= 1.0:
@@ -191,17 +191,17 @@ def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     return torch.where(kept.to(delta.device), delta / density, 0.0)
 
 
-_OUTLIERS = 0.01  # The share of largest entries that a search leaves out.
+_OUTLIERS = 0.01  # Share of largest entries that a search drops.
 
 
 def _by_density(searched: Mapping[str, float]) -> dict[str, float]:
-    """A search chooses how much is kept, and always leaves out the outliers."""
+    """Convert the searched density: outliers are always dropped."""
     return {"bottom": max(round(1.0 - searched["density"] - _OUTLIERS, 6), 0.0), "top": _OUTLIERS}
 
 
 def _leaves_something(params: Mapping[str, float]) -> str | None:
     total = params.get("bottom", 0.0) + params.get("top", 0.0)
-    return None if total < 1.0 else "bottom and top that leave something (below 1 together)"
+    return None if total < 1.0 else "bottom and top with a sum below 1"
 
 
 @merge_op(
@@ -229,13 +229,13 @@ def breadcrumbs(
 
 
 def without_extremes(delta: Tensor, *, bottom: float, top: float) -> Tensor:
-    """Zeros for the `bottom` share of entries of least magnitude and the `top` share of largest."""
+    """Set the `bottom` share of smallest entries and the `top` share of largest ones to zero."""
     import torch
 
     size, count = delta.abs(), delta.numel()
     low, high = (int(share * count + EXACT) for share in (bottom, top))
     if low + high >= count:
-        raise ValueError("bottom and top leave nothing")
+        raise ValueError("bottom and top drop everything")
     kept = size >= smallest(size, low)
     if high:
         kept &= size <= smallest(size, count - high - 1)
@@ -247,13 +247,13 @@ def model_stock(tensors: Sequence[Tensor], weights: Sequence[float], base: Tenso
     """Model stock, one tensor at a time: t * mean(tensors) + (1 - t) * base.
 
     With cos the mean cosine between two differences to the base: t = k cos / (1 + (k - 1) cos), k tensors. The paper
-    has no case for differences that point apart; t is then 0, as it is at right angles. A difference of zero is at
-    right angles to any.
+    does not cover differences at obtuse angles; t is then 0, as at right angles. A zero difference counts as at right
+    angles to any.
     """
     import torch
 
     if len(tensors) < 2:
-        raise ValueError("model stock needs at least two tensors, between which there is an angle")
+        raise ValueError("model stock needs at least two tensors")
     start = wide(base)
     deltas = [wide(tensor) - start for tensor in tensors]
     count = len(deltas)

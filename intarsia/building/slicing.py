@@ -17,10 +17,10 @@ _ROWS = 512
 
 
 def positions(architecture: Architecture, linear: Linear, pieces: Sequence[int]) -> list[Tensor]:
-    """Where pieces lie along a linear layer's cut axis, segment by segment.
+    """Positions of pieces along a linear layer's cut axis, by segment.
 
     Args:
-        pieces: indices of KV groups or channels, in the order in which they are wanted.
+        pieces: indices of KV groups or channels, in the wanted order.
 
     Returns:
         One int64 tensor for each segment, of `len(pieces) * unit` positions.
@@ -37,22 +37,22 @@ def positions(architecture: Architecture, linear: Linear, pieces: Sequence[int])
 
 
 def take(tensor: Tensor, where: Sequence[Tensor], axis: int) -> list[Tensor]:
-    """The chosen rows (axis 0) or columns (axis 1) of a tensor, segment by segment."""
+    """The chosen rows (axis 0) or columns (axis 1) of a tensor, by segment."""
     return [tensor.index_select(axis, index.to(tensor.device)) for index in where]
 
 
 def join(cuts: Sequence[Sequence[Tensor]], axis: int) -> Tensor:
-    """Lay cuts down one after the other inside each segment, and the segments one after the other.
+    """Concatenate the cuts inside each segment, and then the segments.
 
     Args:
-        cuts: for each source, its tensors segment by segment.
+        cuts: for each source its tensors by segment.
     """
     segments = zip(*cuts, strict=True)
     return torch.cat([tensor for segment in segments for tensor in segment], dim=axis)
 
 
 def blocks(tensor: Tensor, where: Tensor, axis: int) -> Iterator[tuple[slice, Tensor]]:
-    """`take` of one segment, some rows at a time: which rows of what it gives, and these."""
+    """`take` of one segment in blocks of rows: the slice of the result, and its rows."""
     length = len(where) if axis == 0 else len(tensor)
     where = where.to(tensor.device)
     for start in range(0, length, _ROWS):
@@ -63,18 +63,18 @@ def blocks(tensor: Tensor, where: Tensor, axis: int) -> Iterator[tuple[slice, Te
 def fold_norm(
     weight_OI: Tensor, bias_O: Tensor | None, scale_I: Tensor | None, shift_I: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Put a norm's parameters into the linear layer that reads it, exactly.
+    """Fold a norm's parameters exactly into the linear layer that reads it.
 
     With `n` the normalised input, `W (scale * n + shift) + b = (W scale) n + (W shift + b)`.
 
     Returns:
-        Weight and bias in float32 (float64 for float64 input), to be read after a norm without parameters.
+        Weight and bias in float32 (float64 for float64 input), for a norm without parameters.
 
     Raises:
-        ValueError: the norm has a shift and the linear layer has no bias that could take it.
+        ValueError: the norm has a shift, and the linear layer has no bias to take it.
     """
     if shift_I is not None and bias_O is None:
-        raise ValueError("a norm with a bias cannot be folded into a linear layer that has none")
+        raise ValueError("a norm with a bias cannot be folded into a linear layer without one")
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     weight_OI = weight_OI.to(dtype)
     bias_O = None if bias_O is None else bias_O.to(dtype)
@@ -86,13 +86,13 @@ def fold_norm(
 
 
 def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor) -> Tensor:
-    """Put a layer norm's parameters into a linear layer that has no bias to take the shift, exactly.
+    """Fold a layer norm's parameters exactly into a linear layer without a bias.
 
-    The normalised input `n` has mean zero. After a norm that adds 1 to each of its D entries, `n + 1` has sum D, so a
-    row that is the same number everywhere, `W shift / D`, gives `W shift`; and the rest of the row may lose its mean.
+    The normalised input `n` has mean zero. If the norm adds 1 to each of its D entries, `n + 1` has sum D, so a
+    constant row `W shift / D` gives `W shift`; the rest of the row may lose its mean.
 
     Returns:
-        The weight in float32 or better, to be read after a norm without scale whose bias is ones.
+        The weight in float32 or better, for a norm without scale whose bias is ones.
     """
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     weight_OI = weight_OI.to(dtype)
@@ -102,12 +102,12 @@ def fold_centred_norm(weight_OI: Tensor, scale_I: Tensor | None, shift_I: Tensor
     return weight_OI - weight_OI.mean(dim=1, keepdim=True) + constant_O1
 
 
-_BLOCK = 1024  # discarded pieces that are compared at once
+_BLOCK = 1024  # discarded pieces compared at a time
 
 
 def add_discarded(op: Concat, architecture: Architecture, read: Callable[[LayerRef, str], Tensor]) -> dict[str, Tensor]:
-    """For each writing weight, by name, what the discarded pieces add to it: float32 or better."""
-    # What an expert reads is gated by what it reads: one expert is no multiple of another, and none is added to one.
+    """For each output projection, by name, the sum of scaled discarded pieces to add: float32 or better."""
+    # Experts gate their own input, so that no expert is a multiple of another: none is added to one.
     parts = [part for part in PARTS if not architecture.is_mixture(part)]
     return {f"{architecture.writer(part).module}.weight": _addition(op, part, architecture, read) for part in parts}
 
@@ -149,7 +149,7 @@ def _features(
     architecture: Architecture,
     read: Callable[[LayerRef, str], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The rows with which pieces read, `[P, F]`: all of them, and those of v or up, in which the output is linear."""
+    """The input rows of pieces, `[P, F]`: all of them, and those of v or up, in which the output is linear."""
     norm = architecture.norm_before(part)
     scale = read(source, f"{norm.module}.weight").float() + norm.offset if norm and norm.weight else None
 
@@ -161,6 +161,6 @@ def _features(
     readers = architecture.readers(part)
     found = [segment for linear in readers for segment in rows(linear)]
     linear_PF = found[-1]
-    if readers[-1].segments[-1] == "qkv":  # each group's values stand after its queries and keys
+    if readers[-1].segments[-1] == "qkv":  # each group's values follow its queries and keys
         linear_PF = linear_PF[:, -architecture.head_dim * architecture.width :]
     return torch.cat(found, dim=1), linear_PF

@@ -1,1 +1,1 @@
-"""Tensors at rest: reading and writing model folders."""
+"""Checkpoints: finding, reading, hashing and writing model folders."""

@@ -1,10 +1,10 @@
-"""A PEFT adapter as a variant: merged into its base by peft, one tensor at a time, and kept as a checkpoint folder.
+"""PEFT adapters as variants: merged into their base by peft, one tensor at a time, and cached as checkpoint folders.
 
-The folder is in the cache; its key is made of the base's files (path, size, time of change) and the adapter's hash.
+The cache key is made of the base's files (path, size, time of change) and the adapter's hash.
 
-Any kind of LoRA that peft can merge: rsLoRA, DoRA, patterns of ranks and scales, LoRA on the embedding or head, trained
-tokens, and modules saved whole, an embedding with more rows among them. A weight is widened to float32, merged, and
-rounded once to the dtype of the base.
+All kinds of LoRA that peft can merge are supported: rsLoRA, DoRA, patterns of ranks and scales, LoRA on the embedding
+or head, trained tokens, and modules saved whole, such as an embedding with more rows. A weight is widened to float32,
+merged, and rounded once to the dtype of the base.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from intarsia.progress import current
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _CHANGED_FILE = "adapter_changed.json"
-_VERSION = 1  # of how adapters are merged; part of the key
+_VERSION = 1  # of the merging; part of the cache key
 _MOST_NAMED = 5
-_MERGE = "Merge it with peft first: merge_and_unload(), then save_pretrained(), and pass the folder that this makes."
-# What of an adapter's config says nothing about the weights.
+_MERGE = "Merge it with peft first: merge_and_unload(), then save_pretrained(), and use that folder."
+# Keys of an adapter's config without effect on the weights.
 _IDLE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
-# Changes more than tensors of the base, depends on the input, or is called otherwise in the base's files.
+# Unsupported keys: they change more than tensors of the base, depend on the input, or use other tensor names.
 _REFUSED = ("layer_replication", "alora_invocation_tokens", "arrow_config", "target_parameters")
-# Start from other base weights than those in the base's files.
+# Initialisations that change the base weights.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _PREFIX = "base_model.model."
 _OTHER_BASE = "Use an adapter that was trained on this base, or merge it with peft (merge_and_unload) first."
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no model."""
+    """Whether a folder holds only a PEFT adapter."""
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
 
 
@@ -57,16 +57,16 @@ def open_variant(
     revision: str | None = None,
     base: Checkpoint | None = None,
 ) -> Checkpoint:
-    """A variant, wherever it is: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
+    """Open a variant: a folder, a hub id, `demo`, or the folder or hub id of a PEFT adapter.
 
-    Weights of 8 bits are read as ordinary ones: who planned with them has said so.
+    8-bit weights are read as ordinary ones, because the plan allowed that.
 
     Args:
-        base: what an adapter is merged into; by default the base that its config names. Where the base is an adapter
-            itself, it is that one's base.
+        base: the model to merge an adapter into (default: the base in its config). If that is itself an adapter, its
+            base is used.
 
     Raises:
-        UserError: it cannot be found, is no checkpoint that can be used, or is an adapter for another base.
+        UserError: it cannot be found, is not a usable checkpoint, or is an adapter for another base.
     """
     model = plain_name(model)
     folder = resolve(model, revision=revision)
@@ -89,22 +89,22 @@ def open_variant(
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """A folder's adapter_config.json, of an adapter that can be merged.
+    """The adapter_config.json of an adapter that can be merged.
 
     Raises:
-        UserError: with everything in it that cannot.
+        UserError: with every unsupported key.
     """
     file = folder / CONFIG_FILE
-    config = read_json(file, expected="a JSON object", remedy="Get the adapter again.")
+    config = read_json(file, expected="a JSON object", remedy="Download the adapter again.")
     faults = []
     if config.get("peft_type") != "LORA":
         faults.append(("peft_type", "LORA", config.get("peft_type")))
-    faults += [(key, "left out: it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
+    faults += [(key, "unset: it cannot be merged here", config[key]) for key in _REFUSED if config.get(key)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        faults.append(("init_lora_weights", "one that leaves the base's weights as they are", start))
+        faults.append(("init_lora_weights", "one that does not change the base's weights", start))
     Problems(
-        Problem(f"{file}: {key} is {repr(found)[:60]}, and should be {expected}.", _MERGE)
+        Problem(f"{file}: {key} is {repr(found)[:60]}; it must be {expected}.", _MERGE)
         for key, expected, found in faults
     ).raise_any()
     return config
@@ -114,15 +114,15 @@ def _named_base(folder: Path, model: str, config: Mapping[str, Any]) -> Checkpoi
     named = config.get("base_model_name_or_path")
     if not named:
         raise UserError(
-            f"{folder / CONFIG_FILE} names no base_model_name_or_path, the model that the adapter is for.",
-            "Name its base beside it, as the base of the recipe or family.",
+            f"{folder / CONFIG_FILE} has no base_model_name_or_path, the adapter's base.",
+            "Give its base as the base of the recipe or family.",
         )
     try:
         return open_checkpoint(str(named))
     except UserError as error:
         raise UserError(
             f"The adapter {model} names {str(named)!r} as its base, which cannot be used: {error.problems[0].message}",
-            "Name a base that is there, as the base of the recipe or family.",
+            "Give an existing base as the base of the recipe or family.",
         ) from error
 
 
@@ -131,14 +131,14 @@ def _sha256(folder: Path, config: Mapping[str, Any]) -> str:
         raise UserError(
             f"{folder} has no {WEIGHTS_FILE}, "
             f"{'only pickled weights' if (folder / 'adapter_model.bin').exists() else 'and no other weights'}.",
-            "If you trust the adapter, load it with peft once and save it with save_pretrained().",
+            "If you trust the adapter, load it with peft and save it with save_pretrained().",
         )
     deciding = {key: value for key, value in sorted(config.items()) if key not in _IDLE and value is not None}
     return hashlib.sha256(json.dumps([deciding, sha256_of(folder / WEIGHTS_FILE)]).encode()).hexdigest()
 
 
 def _merged_folder(folder: Path, sha256: str, base: Checkpoint) -> Path:
-    """The folder of the merged model; made the first time."""
+    """The folder of the merged model; built the first time."""
     files = {header.file for header in [*base.headers.values(), *base.kept.values()]} | {base.folder / "config.json"}
     key = hashlib.sha256(json.dumps([fingerprint(files, _VERSION), sha256]).encode()).hexdigest()
     merged = cache_folder() / "merged" / key
@@ -179,7 +179,7 @@ def _write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 class Merged:
-    """The tensors of a base with an adapter, made one at a time."""
+    """The tensors of a base with an adapter, merged one at a time."""
 
     def __init__(self, file: Path, base: Checkpoint) -> None:
         self.base = base
@@ -194,10 +194,10 @@ class Merged:
         tied = {self._head} if base.architecture.tied else set()
         unknown = sorted(self._places.keys() - base.headers.keys() - tied)
         if unknown:
-            raise self._unfit(f"it changes {few(unknown)}, which no file of the base holds by that name")
-        # An embedding that is changed without the head, or otherwise, is no longer the head.
+            raise self._unfit(f"it changes {few(unknown)}, which the base does not have")
+        # If the adapter changes the embedding but not the head, or differently, they are no longer tied.
         changed = self.resized or bool(self._places.keys() & {self._embedding, self._head})
-        self.untied = bool(tied) and changed  # so that each is looked at by itself
+        self.untied = bool(tied) and changed  # so that each is handled separately
         self.untied = self.untied and not torch.equal(self.tensor(self._embedding), self.tensor(self._head))
 
     @property
@@ -206,7 +206,7 @@ class Merged:
         return self._rows != self.base.architecture.vocabulary
 
     def plan(self) -> list[TensorPlan]:
-        """Every tensor, by the base's names."""
+        """The plan of all tensors, by the base's names."""
         found = {}
         for name, header in self.base.headers.items():
             shape = (self._rows, *header.shape[1:]) if name in (self._embedding, self._head) else header.shape
@@ -245,13 +245,13 @@ class Merged:
             layer.merge()
             return layer.get_base_layer().get_parameter(inside).detach().to(header.dtype)
         finally:
-            # As it was: the next tensor may be of the same layer, and the memory is wanted back.
+            # Restore the module, to free memory and because the next tensor may be in the same layer.
             for parameter, data in narrow.items():
                 parameter.data = data
             layer.merged_adapters.clear()
 
     def _vocabulary(self, stored: Mapping[str, tuple[int, ...]]) -> int:
-        """Rows of the embedding: the base's, or more where the adapter holds all of them."""
+        """Rows of the embedding: the base's, or more if the adapter holds the whole embedding."""
         ours, whole, partial = self.base.architecture.vocabulary, {}, set()
         for name, shape in stored.items():
             module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
@@ -275,17 +275,17 @@ class Merged:
         return rows.pop()
 
     def _with_adapter(self, folder: Path) -> nn.Module:
-        """The base's modules, their weights mapped, with the adapter's on them."""
+        """The base's modules with mapped weights and the adapter."""
         import peft
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is an error here
+            warnings.simplefilter("ignore")  # problems are errors here
             try:
                 settings = peft.PeftConfig.from_pretrained(str(folder))
                 settings.inference_mode, settings.task_type = True, None
                 adapted = peft.get_peft_model(_Modules(self.base, self._rows), settings)
                 loaded = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
-            except Exception as error:  # what peft raises for an adapter that does not fit differs between versions
+            except Exception as error:  # peft's errors for a mismatched adapter differ between versions
                 raise self._unfit(in_words(error)) from error
         lacking = [name for name in loaded.missing_keys if "lora_" in name or "modules_to_save" in name]
         if lacking:
@@ -293,12 +293,12 @@ class Merged:
         # peft saves resized embeddings a second time, under this name.
         unexpected = [name for name in loaded.unexpected_keys if not name.endswith(".modules_to_save.weight")]
         if unexpected:
-            raise self._unfit(f"the base has nothing that {few(unexpected)} belongs to")
+            raise self._unfit(f"the base has no module for {few(unexpected)}")
         inner: nn.Module = adapted.base_model.model
         return inner
 
     def _find_places(self) -> Iterator[tuple[str, tuple[Any, str]]]:
-        """Parameters that the adapter may change: the module that peft put on each, and its name inside."""
+        """Parameters that the adapter may change: the module that peft puts on each, and the name inside."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -317,18 +317,18 @@ class Merged:
                 yield f"{key}.{parameter}", (module, parameter)
 
     def _unfit(self, found: str) -> UserError:
-        return UserError(f"{self._where}: peft cannot put the adapter on the base: {found}.", _OTHER_BASE)
+        return UserError(f"{self._where}: peft cannot apply the adapter to the base: {found}.", _OTHER_BASE)
 
 
 class _Modules(nn.Module):
-    """The base as bare modules with mapped weights, named as in the files: all that peft needs to merge."""
+    """The base as bare modules with mapped weights and the names in files, as peft needs for merging."""
 
     def __init__(self, base: Checkpoint, rows: int) -> None:
         super().__init__()
         family, tied = base.architecture.family, base.architecture.tied
         self.config = {"model_type": base.config.get("model_type"), "tie_word_embeddings": tied}
         self._embedding, self._head = family.modules.embedding, family.modules.head
-        # weights first, for they say which kind of module it is
+        # weights first, because they determine the kind of module
         for name in sorted(base.headers, key=lambda name: not name.endswith(".weight")):
             owner, _, leaf = name.rpartition(".")
             value = base.tensor(name)

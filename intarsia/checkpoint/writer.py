@@ -1,10 +1,10 @@
-"""A model folder written: weights as a stream of tensors, a shallower model's config, and the files beside them.
+"""Writing model folders: weights as a stream of tensors, a shallower model's config, and side files.
 
 One tensor is in memory at a time, and the folder is published whole or not at all.
 
-Names, dtypes and shapes are known before the first tensor is made, so headers and shards are laid out at once.
-Inside a shard tensors of wider dtypes lie first, as safetensors' own writer does it, which keeps every tensor
-aligned; with one dtype, the usual case, the layout is the order of the plan.
+Names, dtypes and shapes are known before the first tensor is made, so headers and shards are laid out at once. Inside a
+shard, tensors of wider dtypes come first, as in safetensors' own writer, which keeps every tensor aligned; with one
+dtype, the usual case, the layout is the order of the plan.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from intarsia.inspection.own_code import CODE, code_files, is_own, trusts
 from intarsia.progress import current
 
 TEMPLATES = "additional_chat_templates"
-"""Where a tokenizer keeps chat templates besides the usual one."""
+"""The folder of a tokenizer's additional chat templates."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -49,7 +49,7 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-# A name such as `tokenizer_ablation.safetensors` must not bring weights along.
+# A name such as `tokenizer_ablation.safetensors` must not copy weights.
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -57,7 +57,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """One file: its header, with its length before it, and where each of its tensors starts."""
+    """One file: its header, with the length first, and the start of each tensor."""
 
     file: str
     header: bytes
@@ -73,8 +73,8 @@ def checkpoint_writer(
     max_shard_bytes: int = 5 * 10**9,
     inputs: Collection[Path] = (),
 ) -> Iterator[CheckpointWriter]:
-    """Write a model folder: a clean end of the block adds an index and the sums of all files, and publishes it as
-    `out`; anything else removes it."""
+    """Write a model folder: if the block succeeds, add an index and the sums of all files, and publish it as `out`;
+    otherwise remove it."""
     writer = CheckpointWriter(tensors, max_shard_bytes)
     with staged_folder(out, overwrite=overwrite, nbytes=writer.nbytes, inputs=inputs) as writer.folder:
         try:
@@ -85,7 +85,7 @@ def checkpoint_writer(
 
 
 class CheckpointWriter:
-    """Writes the weight files of a model folder. `folder` is where config, tokenizer and the like go too."""
+    """Writes the weight files of a model folder. `folder` also takes config, tokenizer and other side files."""
 
     folder: Path
 
@@ -101,14 +101,14 @@ class CheckpointWriter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight files will take."""
+        """Total size of the weight files."""
         return self._nbytes + sum(len(shard.header) for shard in self._shards)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor of the plan.
 
         Raises:
-            OSError: the disk is full; outside the writer's block this is a `UserError`.
+            OSError: the disk is full; the writer's block turns it into a `UserError`.
         """
         assert self._done < len(self._places), f"{name} is not in the plan"
         plan, shard = self._places[self._done]
@@ -117,7 +117,7 @@ class CheckpointWriter:
         assert plan.shape == tuple(tensor.shape), f"{name}: planned {plan.shape}, got {tuple(tensor.shape)}"
         if self._done == 0 or self._places[self._done - 1][1] is not shard:
             self.close()
-            # Unbuffered: nothing is left to flush, and to fail, at the end of the block.
+            # Unbuffered, so that the end of the block cannot fail.
             self._file = FileIO(self.folder / shard.file, "w")
             _write_all(self._file, memoryview(shard.header))
         assert self._file is not None
@@ -133,7 +133,7 @@ class CheckpointWriter:
             self._file = None
 
     def finish(self) -> None:
-        """Write what comes after the last tensor."""
+        """Finish the last file."""
         self.close()
         assert self._done == len(self._places), f"{len(self._places) - self._done} planned tensors were not written"
         if len(self._shards) > 1:
@@ -153,7 +153,7 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 
 def _groups(tensors: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]:
-    """Runs of tensors that fit into one shard; a tensor that is larger than a shard gets its own."""
+    """Runs of tensors that fit into one shard; a tensor larger than a shard gets its own."""
     group: list[TensorPlan] = []
     filled = 0
     for plan in tensors:
@@ -192,7 +192,7 @@ def _lay_out(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> list[_Shard
 def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) -> None:
     """Write `out`/config.json for a model with one layer per entry of `layer_sources`: see `shallower_config`.
 
-    It names the class that loads the model, and no code of the model's own where that is one of transformers.
+    It names the class that loads the model, and no code of the model's own if transformers has the class.
 
     Raises:
         UserError: a per-layer list of the config is not as long as the model is deep.
@@ -204,7 +204,7 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
     if classes and stated != classes:
         config["architectures"] = classes
         if stated:
-            current().say(f"architectures is {stated}, and {classes} in what is written: model_type counts")
+            current().say(f"architectures is {stated}, but {classes} in the output, by model_type")
     if not is_own(config.get("model_type")):
         for values in (config, config.get(NESTED)):
             if isinstance(values, dict):
@@ -214,10 +214,10 @@ def write_config(source: Checkpoint, layer_sources: Sequence[int], out: Path) ->
 
 
 def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[str, Any]:
-    """The config of a model with one layer per entry of `layer_sources`; that of the text model inside a wrapper.
+    """The config of a model (inside a wrapper, of its text model) with one layer per entry of `layer_sources`.
 
-    `layer_sources[i]` is the layer of `source` from which output layer i takes what the config says layer by layer.
-    All other values stay as they are.
+    Output layer i takes its per-layer settings from layer `layer_sources[i]` of `source`. All other values are
+    unchanged.
 
     Raises:
         UserError: a per-layer list of the config is not as long as the model is deep.
@@ -227,7 +227,7 @@ def shallower_config(source: Checkpoint, layer_sources: Sequence[int]) -> dict[s
 
 
 def stock_classes(config: Mapping[str, Any]) -> list[str]:
-    """The name of the class that the auto class would choose; empty where transformers does not know the model."""
+    """The class that the auto class would choose; empty if transformers does not know the model."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     kind = config.get("model_type")
@@ -239,16 +239,15 @@ def stock_classes(config: Mapping[str, Any]) -> list[str]:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat templates, generation config and licence, and code that is trusted and used; never weights
-    or the model card."""
+    """Copy tokenizer, chat templates, generation config, licence and used trusted code; no weights or card."""
     for name in [*side_files(source), *used_code(source)]:
         (out / name).parent.mkdir(exist_ok=True)
-        # Contents only: on the hub's cache these are links, and their modes are the cache's business.
+        # Contents only: in the hub's cache these are links, with the cache's modes.
         (out / name).write_bytes(without_code(source / name))
 
 
 def side_files(folder: Path, patterns: Sequence[str] = _SIDE_FILES) -> list[str]:
-    """The names of a folder's files of these kinds."""
+    """The names of a folder's files that match these patterns."""
     files = [file for file in folder.iterdir() if file.is_file()]
     files += [file for file in (folder / TEMPLATES).glob("*.jinja") if file.is_file()]
     named = {file.relative_to(folder).as_posix(): file.name for file in files}
@@ -261,13 +260,13 @@ def side_files(folder: Path, patterns: Sequence[str] = _SIDE_FILES) -> list[str]
 
 
 def used_code(folder: Path) -> list[str]:
-    """The files of code that a folder's model or tokenizer needs, where they are trusted."""
+    """The code files that a folder's model or tokenizer needs, if they are trusted."""
     files = [folder / name for name in ("config.json", *side_files(folder, TOKENIZER_FILES))] if trusts() else []
     return code_files(folder) if any(uses_code(file) for file in files) else []
 
 
 def uses_code(file: Path) -> bool:
-    """Whether a JSON file of a model folder names code that runs, for it is trusted and transformers has no class."""
+    """Whether a JSON file of a model folder names code to run: trusted, for a class that transformers does not have."""
     if not trusts() or file.suffix != ".json" or not file.is_file() or CODE.encode() not in file.read_bytes():
         return False
     if file.name != "config.json":
@@ -278,8 +277,7 @@ def uses_code(file: Path) -> bool:
 
 
 def without_code(file: Path) -> bytes:
-    """A side file as it is copied: a JSON file that names code of the model's own no longer does, unless it is
-    trusted."""
+    """The content of a side file to copy; a JSON file loses references to the model's own code, unless trusted."""
     data = file.read_bytes()
     if file.suffix == ".json" and CODE.encode() in data and not uses_code(file):
         with suppress(ValueError):

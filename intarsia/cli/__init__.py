@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. One verb a file."""
+"""The command line: parse, call, print."""

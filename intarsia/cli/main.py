@@ -1,10 +1,10 @@
-"""The command `intarsia`: finds the verb, parses its options, calls it, and shows its result or its error.
+"""The command `intarsia`: find the verb, parse its options, call it, and show its result or error.
 
 A verb is a function in `intarsia/commands/`; its signature is its command line (`intarsia.cli.parse`). It returns a
-result with `to_dict()`; a result whose `passed` is false ends with exit code 1.
+result with `to_dict()`; a result whose `passed` is false gives exit code 1.
 
-Exit codes: 0 done; 2 input that cannot be used; 1 a defect of ours; 130 interrupted. A user's mistake never shows a
-traceback; the traceback of a defect goes to a log file (to the terminal with INTARSIA_DEBUG=1).
+Exit codes: 0 success; 1 a failed check, or a bug; 2 unusable input; 130 interrupted. User errors never show a
+traceback; that of a bug goes to a log file (with INTARSIA_DEBUG=1 to the terminal).
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ VERBS = {
     "anatomy list": "anatomy:families",
     "anatomy check": "anatomy:check_family",
 }
-"""Each verb, and its function: module of `intarsia.commands` and name."""
+"""The function of each verb: module of `intarsia.commands` and name."""
 
 _DEFAULTS = {"eval": "eval tasks"}
-"""Of a group, the verb that may be left out."""
+"""The default verb of a group."""
 
-# What other libraries say about themselves, unless the user has set it. They read this when they are imported,
-# which happens inside the verbs.
+# Logging of other libraries, unless the user has set it. They read this on import, which happens inside the verbs.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
@@ -73,21 +72,21 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
-# Failures of the machine that the user can correct.
+# System errors that the user can correct.
 _SURROUNDINGS = {
-    errno.EACCES: "Change its permissions, or name another place.",
-    errno.EPERM: "Change its permissions, or name another place.",
-    errno.EROFS: "Name a place that can be written to.",
-    errno.ENOSPC: "Free some space, or name a place on another disk.",
-    errno.EDQUOT: "Free some space, or name a place on another disk.",
+    errno.EACCES: "Change its permissions, or use another place.",
+    errno.EPERM: "Change its permissions, or use another place.",
+    errno.EROFS: "Use a writable place.",
+    errno.ENOSPC: "Free some space, or use a place on another disk.",
+    errno.EDQUOT: "Free some space, or use a place on another disk.",
     errno.ENAMETOOLONG: "Use a shorter name.",
-    errno.ENOTDIR: "Name a folder.",
+    errno.ENOTDIR: "Use a folder.",
 }
 _DETAILS = {"next_token_kl", "loops", "answer_length", "answer_perplexity"}
-"""In the report alone."""
+"""Keys shown only in the report."""
 _LINES = 15
 _SPARE = ("perplexity_without_heal", "prefill_per_s", "bytes")
-"""In the report alone too, one after the other, where the table has more than `_LINES`."""
+"""Keys to omit, one after the other, if the table has more than `_LINES`."""
 _GREETING = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -98,16 +97,16 @@ def main() -> None:
             os.environ.setdefault(name, value)
         if "PYTHONWARNINGS" not in os.environ:
             warnings.filterwarnings("ignore")
-    # A polite kill clears up like Ctrl-C does: no staging folder is left.
+    # SIGTERM cleans up like Ctrl-C, so that no staging folder is left.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run(sys.argv[1:])
 
 
 def run(words: Sequence[str]) -> None:
-    """Do what a command line says.
+    """Run a command line.
 
     Raises:
-        SystemExit: with the exit code, unless all is well.
+        SystemExit: with the exit code, if it is not 0.
     """
     with guard() as stdout:
         if words[:1] == ["--version"]:
@@ -120,7 +119,7 @@ def run(words: Sequence[str]) -> None:
         verb = function(name)
         with redirect_stdout(stdout if any(word in HELP_FLAGS for word in rest) else sys.stderr):
             call = parse(verb, name, rest)
-        # Of several launched processes (`accelerate launch`) the first one speaks.
+        # Of several launched processes (`accelerate launch`), only the first one prints.
         first = os.environ.get("RANK", "0") == "0"
         quiet = call.shared.quiet or call.shared.json or not first
         with progress.shown(quiet=quiet), trust_remote_code(call.shared.trust_remote_code):
@@ -132,7 +131,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def find(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb that a command line names, or a group of verbs, and the words after it.
+    """The verb of a command line, or a group of verbs, and the arguments after it.
 
     Raises:
         UserError: there is no such verb.
@@ -164,7 +163,7 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def _overview(group: str, console: Console) -> None:
-    """What there is, a verb a line."""
+    """Print an overview of the verbs."""
     about = "Make language models shallower, and keep what the removed layers knew."
     console.print(f"Usage: intarsia {group or 'VERB'} ...\n\n{about}\n", highlight=False, markup=False)
     table = Table(show_header=False, show_edge=False, box=None, pad_edge=False)
@@ -176,7 +175,7 @@ def _overview(group: str, console: Console) -> None:
 
 
 def _about(name: str) -> str:
-    """The first line of a verb's docstring, from its source: to import it takes seconds where it imports torch."""
+    """The first line of a verb's docstring, from its source, because importing a verb may import torch."""
     module, _, attribute = VERBS[name].partition(":")
     spec = importlib.util.find_spec(f"intarsia.commands.{module}")
     assert spec is not None and spec.origin is not None
@@ -192,9 +191,9 @@ def debugging() -> bool:
 
 @contextmanager
 def guard() -> Iterator[TextIO]:
-    """Run a verb inside this; gives the stream for its result.
+    """A context to run a verb in; yields the stream for its result.
 
-    What libraries print meanwhile goes to stderr: stdout is for the result alone.
+    Output of libraries goes to stderr, because stdout is for the result.
     """
     stdout = sys.stdout
     try:
@@ -206,8 +205,8 @@ def guard() -> Iterator[TextIO]:
         report(error.problems)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        resumes = bool(getattr(stop, "__notes__", ()))  # a run folder notes itself
-        then = "The same command continues where this one was." if resumes else "The same command starts it again."
+        resumes = bool(getattr(stop, "__notes__", ()))  # the run folder adds a note
+        then = "The same command resumes it." if resumes else "The same command starts it again."
         _say(f"Interrupted. {then}")
         raise SystemExit(130) from None
     except Exception as error:
@@ -220,7 +219,7 @@ def guard() -> Iterator[TextIO]:
 
 
 def report(problems: Iterable[Problem]) -> None:
-    """Print all problems of an input to stderr: a sentence and a hint each."""
+    """Print all problems of an input to stderr, each with its hint."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     for problem in problems:
         console.print(Text("error: ", style="bold red") + Text(problem.message))
@@ -233,11 +232,11 @@ def _say(text: str) -> None:
 
 
 def _defect(error: Exception) -> None:
-    """Report a defect: one line, what to do about it, and where the traceback is."""
+    """Report a bug: one line, a hint, and the path of the traceback."""
     words = " ".join(str(error).split()) or "no message"
     if len(words) > 300:
         words = words[:300] + " ..."
-    # torch's class by its name: a verb that failed early has not imported torch.
+    # torch's class by name, because a verb that failed early has not imported torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         _say(f"error: out of memory: {words}")
         _say("  Try a smaller --batch-tokens, fewer --tokens, or a machine with more memory.")
@@ -252,7 +251,7 @@ def _defect(error: Exception) -> None:
 
 
 def _log(error: Exception) -> str:
-    """The path of a new file with the traceback; in words where even that cannot be written."""
+    """Write the traceback to a new file; return its path, or why it could not be written."""
     try:
         handle, path = tempfile.mkstemp(prefix="intarsia-", suffix=".log")
         with open(handle, "w", encoding="utf-8") as file:
@@ -264,12 +263,12 @@ def _log(error: Exception) -> str:
 
 
 def show(result: Any, *, to: TextIO, as_json: bool) -> None:
-    """Write a result to a stream: one JSON object for a machine, or tables for a person.
+    """Write a result to a stream: as one JSON object, or as tables.
 
-    Keys decide how a value is written: `bytes` as a size, `seconds` as a time, `per_s` and perplexities with few
-    digits. A list of mappings is a table of its own.
+    The key decides the format of a value: `bytes` a size, `seconds` a time, `per_s` and perplexities few digits. A
+    list of mappings is a separate table.
     """
-    if not as_json and hasattr(result, "summary"):  # where there is more than a person wants to read
+    if not as_json and hasattr(result, "summary"):  # a shorter form for people
         data = result.summary()
     else:
         data = result.to_dict() if hasattr(result, "to_dict") else plain(result)
@@ -278,7 +277,7 @@ def show(result: Any, *, to: TextIO, as_json: bool) -> None:
         return
     console = Console(file=to, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        # Nobody reads columns that were broken to fit a width which a pipe does not have.
+        # A pipe has no width, so columns are not wrapped.
         console.width = 240
     if data.get("before") is not None and data.get("after") is not None:
         _show_compressed(data, console)
@@ -287,9 +286,9 @@ def show(result: Any, *, to: TextIO, as_json: bool) -> None:
 
 
 def _show_compressed(data: Mapping[str, Any], console: Console) -> None:
-    """A short table: measures, time, and where everything is.
+    """Print a short table: measures, time, and paths.
 
-    At most 80 columns, apart from long paths, and at most `_LINES` lines, apart from a line for every further text.
+    At most 80 columns, except for long paths, and at most `_LINES` lines, plus one for every further text.
     """
     before, after = data["before"], data["after"]
     parts = [f"{name} {part:,.0f}" for name, part in (data.get("seconds_by_part") or {}).items() if part >= 0.5]

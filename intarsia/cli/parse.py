@@ -1,8 +1,8 @@
 """The command line of a verb, generated from its signature: value objects, choices of methods, and plain values.
 
-The flags are the fields of the value objects and of the settings of whatever is chosen; a config file (`--config`)
-has the same names as keys. `cyclopts` splits the words and prints the help; conversion is `intarsia.flags`, so that
-every problem of an input is found at once.
+The flags are the fields of the value objects and of the chosen methods' settings; a config file (`--config`) has the
+same names as keys. `cyclopts` splits the arguments and prints the help; `intarsia.flags` converts, so that all problems
+of an input are found at once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _OPTION = re.compile(r"--?[A-Za-z]")
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Options that every verb has."""
+    """Options of every verb."""
 
     # Print the result as one JSON object on stdout, and show no progress.
     json: bool = False
     # Show no progress.
     quiet: bool = flag(False, "--quiet", "-q")
-    # Read options from a YAML file, its keys named like the flags; the command line wins.
+    # Read options from a YAML file with the flags' names as keys; the command line takes precedence.
     config: Path | None = flag(None, metavar="FILE")
-    # Python files that register methods, stages, operators or engines of your own.
+    # Python files that register your own methods, stages, operators or engines.
     plugin: tuple[Path, ...] = flag((), metavar="FILE.py")
-    # Run the code that a model brings along, where transformers has no class for it (default: refuse the model).
+    # Run the code in a model's folder if transformers has no class for it (default: refuse the model).
     trust_remote_code: bool = False
 
 
@@ -59,15 +59,15 @@ class Call:
 
 
 _Panel: TypeAlias = tuple[str, Sequence[Option]]
-"""Options that stand together in the help, under a title."""
+"""A group of options in the help, with its title."""
 
 
 def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
     """Read the command line of a verb.
 
     Raises:
-        UserError: with everything that is wrong.
-        SystemExit: the help was asked for, and printed.
+        UserError: with every problem.
+        SystemExit: after printing the help, if it was requested.
     """
     problems = Problems()
     shared = {option.key: option for option in options_of(Shared)}
@@ -110,7 +110,7 @@ def parse(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Call:
 
 
 def _found(words: Sequence[str], flag: str) -> list[str]:
-    """The values of a flag, before it is known which flags there are."""
+    """The values of a flag, before all flags are known."""
     values = [after for word, after in zip(words, [*words[1:], ""], strict=False) if word == flag]
     return values + [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
 
@@ -120,7 +120,7 @@ def _config(files: Sequence[str]) -> dict[str, Any]:
         return {}
     data = read_yaml(Path(files[-1]), what="a config file")
     if not isinstance(data, Mapping):
-        raise UserError(f"--config {files[-1]} holds no options.", "Write one `name: value` in a line.")
+        raise UserError(f"--config {files[-1]} has no options.", "Write one `name: value` per line.")
     return {str(key).replace("_", "-"): value for key, value in data.items()}
 
 
@@ -131,7 +131,7 @@ def _chosen(part: Part, words: Sequence[str], config: Mapping[str, Any]) -> Any:
     preset: Any = [config.get("preset"), *_found(words, "--preset")][-1]
     if choice == () and not kind.many:
         raise UserError(f"--{kind.flag} is not given.", f"Choose one of {', '.join(kind.names)}.")
-    if choice is None:  # the verb itself chooses
+    if choice is None:  # the verb has the default
         return None
     chosen = kind.choose(choice)
     if preset is None:
@@ -151,18 +151,18 @@ def _preset(chosen: registry.Chosen, name: str) -> registry.Chosen:
 def _preset_panel(names: Iterable[str]) -> Iterator[_Panel]:
     if names := tuple(names):
         kind = Literal[names] | None  # type: ignore[valid-type]
-        comment = "Set several options together; an option that is given too wins."
+        comment = "Set several options together; explicit options take precedence."
         how = Flag(metavar="NAME")
         yield "Preset", (Option(attribute="preset", annotation=kind, default=None, help=comment, flag=how),)
 
 
 def _panels(parts: Sequence[Part]) -> Iterator[_Panel]:
-    """The options that do not depend on what is chosen."""
+    """The options that do not depend on a choice."""
     plain = [option for part in parts if part.option is not None for option in part.options]
     yield "Options", plain + [_choice_option(part) for part in parts if part.choices is not None]
     for part in parts:
         if part.values is not None:
-            # What a value object is called: the first words of its docstring.
+            # The title of a value object is the start of its docstring.
             yield re.split("[:.]", inspect.getdoc(part.values) or part.values.__name__)[0], part.options
     yield "Every verb", options_of(Shared)
 
@@ -183,7 +183,7 @@ def _choice_option(part: Part) -> Option:
 
 
 def _owned_panels(parts: Sequence[Part]) -> Iterator[_Panel]:
-    """For the help: the options of everything that could be chosen, those of the same owners together."""
+    """For the help: the options of all possible choices, grouped by owners."""
     presets: dict[str, None] = {}
     for kind in (part.choices for part in parts if part.choices is not None):
         owners: dict[str, list[tuple[str, Option]]] = {}
@@ -200,7 +200,7 @@ def _owned_panels(parts: Sequence[Part]) -> Iterator[_Panel]:
 
 
 def _together(having: Sequence[tuple[str, Option]]) -> Option:
-    """One line of the help for the same option of several methods, where its help or default differs."""
+    """The help of an option of several methods whose help or default differs."""
     _, first = having[0]
     lines = [first.help]
     lines += [f"{name}: {option.help}" for name, option in having[1:] if option.help != first.help]
@@ -211,7 +211,7 @@ def _together(having: Sequence[tuple[str, Option]]) -> Option:
 def _app(
     verb: Callable[..., Any], name: str, panels: Sequence[_Panel], *, shown: bool = False
 ) -> tuple[App, dict[str, Option]]:
-    """A parser of these options, or what is shown as help. The same option of several owners is one flag."""
+    """A parser of these options, or the app that prints their help. The same option of several owners is one flag."""
     options: dict[str, Option] = {}
     order: list[inspect.Parameter] = []
     for title, listed in panels:
@@ -231,7 +231,7 @@ def _app(
         for option in options.values()
         if option.flag.positional
     )
-    # Paragraphs that a terminal of any width can wrap, without the sections for programmers.
+    # Paragraphs without line breaks, so that any terminal can wrap them, and without sections for programmers.
     paragraphs = re.split(r"\n\n(?=Args:|Raises:|Returns:)", inspect.getdoc(verb) or "")[0].split("\n\n")
     app = App(
         name=f"intarsia {name}",
@@ -247,9 +247,9 @@ def _app(
 
 
 def _parameter(option: Option, panel: Group, *, shown: bool) -> inspect.Parameter:
-    """An option as a parameter of the function that cyclopts reads: all values are text, conversion comes after.
+    """An option as a parameter of the function that cyclopts reads; all values are text, converted later.
 
-    Where it is for the help, `--no-...` is left out of what is off unless it is asked for.
+    The help omits `--no-...` of flags that are off by default.
     """
     flag, truth = option.flag, option.kind is bool
     annotation: Any = bool | None if truth else list[str] | None if option.many else str | None
@@ -296,7 +296,7 @@ def _shown(option: Option) -> str:
 def _split(
     app: App, options: Mapping[str, Option], words: Sequence[str], parts: Sequence[Part], problems: Problems
 ) -> dict[str, Any]:
-    """What was given, by key, as text; and what is wrong with how it was given."""
+    """The given values by key, as text; and the problems of their form."""
     known = {name for option in options.values() if not option.flag.positional for name in option.names}
     known |= {f"--no-{option.key}" for option in options.values() if option.kind is bool}
     unknown = [word for word in words if _OPTION.match(word) and word.partition("=")[0] not in known]
@@ -314,14 +314,14 @@ def _split(
             message = " ".join(str(error.msg or type(error).__name__).split())[:200].rstrip(".")
             problems.add(f"{message}.", f"See {app.name[0]} --help.")
         raise UserError(problems) from None
-    if not unknown:  # else a word may be the value of an option that is not there
+    if not unknown:  # otherwise it may be the value of an unknown option
         for word in unused:
             problems.add(f"{word!r} is one argument too many.", f"See {app.name[0]} --help.")
     return {name.replace("_", "-"): value for name, value in bound.arguments.items()}
 
 
 def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
-    """What is said of an option that this command does not have: which methods do."""
+    """The message about an unknown option: the methods that have it, or similar names."""
     name = key.removeprefix("no-")
     for part in parts:
         if part.choices is not None:
@@ -338,7 +338,7 @@ def _unknown(key: str, parts: Sequence[Part], called: str) -> tuple[str, str]:
 
 
 def _argument(part: Part, given: Mapping[str, Any], chosen: Mapping[str, Any], problems: Problems) -> Any:
-    """The value of a parameter; MISSING where its default serves."""
+    """The value of a parameter; MISSING for its default."""
     if part.choices is not None:
         return _with_settings(chosen.get(part.name, MISSING), given, problems)
     if part.values is not None:
@@ -363,7 +363,7 @@ def _with_settings(chosen: Any, given: Mapping[str, Any], problems: Problems) ->
 
 
 def _build(kind: Any, options: Sequence[Option], given: Mapping[str, Any], default: Any) -> Any:
-    """An object of the given options; the others as in `default`."""
+    """An object with the given options; the others are those of `default`."""
     problems, values = Problems(), {}
     for option in options:
         if option.key in given:

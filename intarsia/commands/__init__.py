@@ -1,1 +1,1 @@
-"""The verbs, one file each: what `intarsia VERB` does, from top to bottom."""
+"""The verbs, one file each, read from top to bottom."""

@@ -1,6 +1,6 @@
-"""`intarsia anatomy list` and `anatomy check`: which model families are known, and whether one is described rightly.
+"""`intarsia anatomy list` and `anatomy check`: known model families, and a check of a family's description.
 
-A family is checked on a small random model, whose layers are pruned, joined, built and loaded.
+The check prunes, joins, builds and loads layers of a small random model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FamilyRow:
 
     title: str
     model_types: tuple[str, ...]
-    # Whether all pieces of a merged layer compute what they computed in their own layers, and what does not.
+    # Whether all pieces of a merged layer compute the same as in their own layers, and which do not.
     exact: bool
     approximated: str
     # What cannot be merged at all.
@@ -42,7 +42,7 @@ class Families(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCheck(Result):
-    """What came of every check."""
+    """The results of all checks."""
 
     source: str
     family: str
@@ -55,7 +55,7 @@ class FamilyCheck(Result):
 
 
 FamilyFile: TypeAlias = Annotated[
-    Path | None, Flag(metavar="FILE.toml", help="A family file of your own; it is tried before the others.")
+    Path | None, Flag(metavar="FILE.toml", help="An additional family file; it takes precedence.")
 ]
 
 
@@ -63,7 +63,7 @@ def families(*, family_file: FamilyFile = None) -> Families:
     """List every known family: its model types, what is exact when layers are merged, and what is approximated.
 
     Raises:
-        UserError: the file is no family file.
+        UserError: the file is not a family file.
     """
     with with_family_file(family_file):
         rows = []
@@ -74,7 +74,7 @@ def families(*, family_file: FamilyFile = None) -> Families:
                 model_types=family.model_types,
                 exact=not family.approximations,
                 approximated="; ".join(family.approximations),
-                never_merged="layers that attend in different ways" if mixed else None,
+                never_merged="layers of different attention types" if mixed else None,
             )
             rows.append(row)
     return Families(families=tuple(rows))

@@ -1,4 +1,4 @@
-"""`intarsia bench`: speed and memory of several models, side by side in one run; and of a model with a draft."""
+"""`intarsia bench`: speed and memory of several models in one run, or of a model with a draft."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from intarsia.evaluation.speed import Drafting
 
 _SHARE_OF_FREE = 0.8
-_PROMPTS = 8  # that a draft is tried on
+_PROMPTS = 8  # for a draft
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One model at one batch and prompt length. Ratios compare with the first model at the same setting."""
+    """One model at one batch size and prompt length. Ratios are to the first model at the same setting."""
 
     model: str
     layers: int
     batch: int
     prompt_len: int
     new_tokens: int
-    # Tokens of the whole batch a second.
+    # Tokens per second of the whole batch.
     prefill_per_s: float
     prefill_ratio: float
     decode_per_s: float
@@ -44,9 +44,9 @@ class BenchRow:
     cache_bytes: int
     # The same, computed from the config.
     cache_predicted_bytes: int | None
-    # The most memory beside the weights, cache included.
+    # Peak memory beside the weights, including the cache.
     working_bytes: int
-    # With the weights.
+    # Including the weights.
     peak_bytes: int
 
 
@@ -56,11 +56,11 @@ class BenchResult(Result):
 
     device: str
     dtype: str
-    # Threads that torch computes with on the CPU.
+    # Number of CPU threads of torch.
     threads: int
     repeats: int
     rows: tuple[BenchRow, ...]
-    # Generation assisted by the draft, and the draft; None without one.
+    # The measures of assisted generation, and the draft; None without one.
     draft: Drafting | None = None
     draft_model: str | None = None
     seconds: float
@@ -73,14 +73,14 @@ def bench(
     ],
     batch: Annotated[
         tuple[int, ...] | int,
-        Flag(metavar="N", help="Sequences per batch; each is combined with every --prompt-len."),
+        Flag(metavar="N", help="Sequences per batch; every value is combined with every --prompt-len."),
     ] = (1,),
     prompt_len: Annotated[tuple[int, ...] | int, Flag(metavar="N", help="Tokens per prompt.")] = (256,),
     new_tokens: Annotated[int, Flag(metavar="N", help="Tokens generated after each prompt.")] = 64,
     repeats: Annotated[int, Flag(metavar="N", help="Measured rounds; the median is reported.")] = 5,
     draft: Annotated[
         str | None,
-        Flag(metavar="MODEL", help="Let this model propose tokens to MODEL: acceptance, and speed against plain."),
+        Flag(metavar="MODEL", help="Measure assisted generation with this draft model: acceptance, and speed-up."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -90,8 +90,8 @@ def bench(
 ) -> BenchResult:
     """Measure tokens per second of prefill and decoding, time to the first token, and memory.
 
-    Models are measured in turns, after one warm-up round. With --draft, the model also generates with and without the
-    draft, by assisted generation of transformers.
+    Models are measured in turns, after one warm-up round. --draft measures assisted generation of transformers with a
+    draft model.
 
     Raises:
         UserError: a model, a size or a device cannot be used.
@@ -113,7 +113,7 @@ def bench(
     device, dtype = first.device, first.dtype
     together = sum(job.checkpoint.nbytes for job in jobs.values()) < free_bytes(device) * _SHARE_OF_FREE
     if not together and len(jobs) > 1:
-        current().say("the models do not fit into memory together: they are measured one after the other")
+        current().say("the models do not fit into memory together, so each is measured on its own")
 
     # By model and setting: its speed, the bytes of its cache, those of everything beside the weights, and theirs.
     measured: dict[tuple[str, int, int], tuple[Speed, int, int, int]] = {}
@@ -144,7 +144,7 @@ def _draft(name: str, jobs: Sequence[Job], runtime: Runtime) -> Job:
     """The draft, checked against its model."""
     from intarsia.commands.job import Job, check_same_tokenizer
 
-    check((len(jobs) == 1, "--draft is given with several models.", "Name the one that the draft is for."))
+    check((len(jobs) == 1, "--draft is given with several models.", "Name one model."))
     found = Job(name, runtime=runtime)
     check_same_tokenizer(jobs[0], found)
     return found
@@ -183,7 +183,7 @@ def _rows(
         speed, cache, working, weights = measured[name, rows, length]
         other = measured[first, rows, length][0]
         itemsize = getattr(torch, speed.dtype).itemsize
-        tokens = length + speed.new_tokens - 1  # the last token is written, but not read again
+        tokens = length + speed.new_tokens - 1  # the last token is generated, but not read
         yield BenchRow(
             model=name,
             layers=architecture.n_layers,
@@ -204,10 +204,10 @@ def _rows(
 
 
 def _opened(models: Sequence[str], runtime: Runtime) -> dict[str, Job]:
-    """Every model by a name of its own."""
+    """Every model by a unique name."""
     from intarsia.commands.job import Job
 
-    check((bool(models), "bench names no model.", "Name one."))
+    check((bool(models), "No model is given.", "Name one."))
     jobs, problems = dict[str, Job](), Problems()
     for model in models:
         again = sum(name == model or name.startswith(f"{model} (") for name in jobs)

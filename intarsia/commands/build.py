@@ -1,4 +1,4 @@
-"""`intarsia build`: a recipe becomes a model folder with its card; other verbs do it by the same functions."""
+"""`intarsia build`: build a model folder with its card from a recipe; other verbs use the same functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BuildResult(Result):
     recipe_sha256: str
     seconds: float
     peak_memory_bytes: int
-    # What was sent to the hub.
+    # The upload to the hub.
     push: Mapping[str, Any] | None = None
 
 
@@ -45,10 +45,12 @@ def build(
     ],
     out: NewModel | str | Path,
     *,
-    layers: Annotated[int | None, Flag(metavar="N", help="Of a plan: this depth (default: the smallest).")] = None,
-    best: Annotated[str | None, Flag(metavar="NAME", help="Of a search: the best trial in this objective.")] = None,
-    knee: Annotated[bool, Flag(help="Of a search: the knee of its Pareto front (the default).")] = False,
-    trial: Annotated[int | None, Flag(metavar="N", help="Of a search: the trial of this number.")] = None,
+    layers: Annotated[
+        int | None, Flag(metavar="N", help="For a plan: the depth to build (default: the smallest).")
+    ] = None,
+    best: Annotated[str | None, Flag(metavar="NAME", help="For a search: the best trial in this objective.")] = None,
+    knee: Annotated[bool, Flag(help="For a search: the knee of its Pareto front (the default).")] = False,
+    trial: Annotated[int | None, Flag(metavar="N", help="For a search: the trial with this number.")] = None,
 ) -> BuildResult:
     """Build the model that a recipe describes: a recipe file, a depth of a plan, or a trial of a search.
 
@@ -84,7 +86,7 @@ def build(
 
 
 def read_recipe(source: Path, layers: int | None = None) -> Recipe:
-    """The recipe in a file, of a built model, or one of a run folder's.
+    """Read the recipe of a file, a built model, or a run folder.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -96,12 +98,12 @@ def read_recipe(source: Path, layers: int | None = None) -> Recipe:
         if (source / "config.json").exists():
             raise UserError(
                 f"{source} is a model without a recipe.",
-                "Give what `intarsia compress` or `intarsia build` has made, or a recipe file.",
+                "Give an output of `intarsia compress` or `intarsia build`, or a recipe file.",
             )
         run = Ladder.existing(source)
         depths = run.depths()
         if not depths:
-            raise UserError(f"The plan in {source} has finished no step yet.", "Resume it with the same command.")
+            raise UserError(f"The plan in {source} has no finished step yet.", "Resume it with the same command.")
         wanted, unfinished = run.wanted(), run.unfinished()
         if layers is None and unfinished is not None and wanted is not None and wanted.stopped is None:
             raise UserError(
@@ -148,17 +150,17 @@ def build_recipe(recipe: Recipe, out: Path, *, overwrite: bool, max_shard_bytes:
 
 
 def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
-    """Every variant of a recipe, opened, and the same as when the recipe was made.
+    """Open every variant of a recipe, and check that its weights are those of the recipe.
 
     Raises:
-        UserError: one cannot be opened, the recipe does not fit them, or weights are not those that the recipe names.
+        UserError: one cannot be opened, the recipe does not fit them, or weights have changed.
     """
     from intarsia.checkpoint.adapter import open_variant
     from intarsia.checkpoint.hashing import scan
     from intarsia.recipe.validate import check
 
     variants: dict[str, Checkpoint] = {}
-    # The base first: adapters among the others are merged into it.
+    # The base first, because adapters are merged into it.
     for variant in sorted(recipe.variants, key=lambda variant: variant.name != recipe.base):
         base = variants.get(recipe.base)
         variants[variant.name] = open_variant(variant.model, revision=variant.revision, base=base)
@@ -170,14 +172,14 @@ def open_variants(recipe: Recipe) -> dict[str, Checkpoint]:
             problems.add(
                 f"The weights of variant {variant.name} ({variant.model}) have the sha256 {found}, "
                 f"and the recipe was made for {variant.sha256}.",
-                "Get the weights that the recipe was made for, or plan again.",
+                "Use these weights, or plan again.",
             )
     problems.raise_any()
     return variants
 
 
 def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: str) -> dict[str, Any]:
-    """What the model card says of a built recipe."""
+    """The facts of a built recipe for the model card."""
     from intarsia.commands.job import versions
 
     variant = recipe.variant(recipe.base)
@@ -204,7 +206,7 @@ def card_facts(recipe: Recipe, base: Checkpoint, built: BuildResult, *, title: s
 
 
 def _heal_facts(heal: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """How a recipe was healed, in short; None where nothing came of it."""
+    """A short account of the healing; None if no stage was accepted."""
     stages = [] if heal is None else [row["stage"] for row in heal["stages"][1:] if row.get("taken")]
     if heal is None or not stages:
         return None

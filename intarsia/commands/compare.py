@@ -1,8 +1,8 @@
-"""`intarsia compare`: several methods on one model, at every depth, pruned and healed, in one table.
+"""`intarsia compare`: several methods on one model, at several depths, pruned and healed, in one table.
 
-One pass over the whole model serves all methods: it is kept, so a method that changes the model leaves the next one the
-original's hidden states and measures. A recipe's model is measured in memory; it shares every layer that it does not
-change with the original, and gives the numbers of the folder that `intarsia build` would write.
+All methods share one pass over the whole model, whose hidden states and measures are kept for the next method. A
+recipe's model is measured in memory; it shares every unchanged layer with the original, and has the same measures as
+the folder that `intarsia build` would write.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _DETAILS |= {"plan seconds", "heal forwards", "heal seconds"}
 
 @dataclass(frozen=True, kw_only=True)
 class Entrants:
-    """Comparison: the methods, depths and heal stages, and models that exist already."""
+    """Comparison: methods, depths and heal stages, and existing models."""
 
     # Methods of `intarsia plan`, with their options in brackets: come,come-p[spans=1],come[norm=average].
     methods: tuple[str, ...] = flag((), metavar="NAMES", commas=False)
     # Depths: 27,25,23.
     layers: tuple[int, ...] = flag((), metavar="N,N")
-    # How to heal each model: none, closed-form, or several stages in a row, as closed-form+layerwise. Every
-    # comma-separated entry is a row of the table.
+    # How to heal each model: none, closed-form, or several stages in a row as closed-form+layerwise. Each entry
+    # gives a row of the table.
     heal: tuple[str, ...] = flag(("none",), metavar="NAMES", commas=False)
-    # Models with the same tokenizer that exist already, as MODEL or NAME=MODEL: a row each, beside the methods' rows.
+    # Existing models with the same tokenizer, as MODEL or NAME=MODEL: one more row each.
     models: tuple[str, ...] = flag((), metavar="MODELS")
 
     def __post_init__(self) -> None:
@@ -55,11 +55,11 @@ class Entrants:
             (planned or bool(self.models), "--methods names no method.", f"Name some of {known}; or give --models."),
             (planned or not self.layers, "--layers is given without --methods.", "Give both, or leave it out."),
             (bool(self.layers) or not planned, "--layers names no depth.", "Write them like 27,25,23."),
-            (bool(self.heal), "--heal names nothing.", "Write none, or none,closed-form."),
+            (bool(self.heal), "--heal is empty.", "Write none, or none,closed-form."),
         )
 
     def heals(self) -> dict[str, tuple[Chosen, ...]]:
-        """The heal stages of every kind of row, by its name; rows that are not healed first.
+        """The heal stages of every kind of row, by name; rows without healing first.
 
         Raises:
             UserError: there is no such stage.
@@ -75,13 +75,13 @@ class Entrants:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareEval(TextsAndTasks):
-    """Evaluation: what is measured of each model."""
+    """Evaluation: measures of each model."""
 
-    # Sequences to use of the evaluation texts: one number, or one for each text.
+    # Sequences to use of each evaluation text: one number, or one for each text.
     windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
-    # Depths whose models are scored on tasks (default: all).
+    # Depths to score on tasks (default: all).
     task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
-    # Measure tokens per second too, each model in turns with the original.
+    # Measure tokens per second too, alternating each model with the original.
     speed: bool = False
 
     def __post_init__(self) -> None:
@@ -101,19 +101,19 @@ class CompareEval(TextsAndTasks):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareResult(Result):
-    """What a comparison gave."""
+    """The result of a comparison."""
 
     model: str
     out: Path
-    # The table, a mapping a model; None for a dry run.
+    # The table, one mapping per model; None for a dry run.
     rows: tuple[Mapping[str, Any], ...] | None = None
-    # For each method, the passes over the calibration text that it takes at most, without the one that they share.
+    # For each method, its passes over the calibration text at most, without the shared one.
     estimate: tuple[Mapping[str, Any], ...] = ()
-    # How often the whole model was measured, what that cost, and the cost of all ladders: in this call.
+    # In this call: passes that measured the whole model, their cost, and the cost of all ladders.
     passes: int = 0
     shared_layer_forwards: float = 0.0
     layer_forwards: float = 0.0
-    # What was written beside the rows.
+    # Other files that were written.
     files: tuple[Path, ...] = ()
     seconds: float
     peak_memory_bytes: int
@@ -125,7 +125,7 @@ class CompareResult(Result):
         return {name: value for name, value in data.items() if name != "estimate"}
 
     def summary(self) -> dict[str, Any]:
-        """The table without its details, which are in the report."""
+        """The table without the details, which the report has."""
         data = self.to_dict()
         if self.rows is None:
             return data
@@ -146,12 +146,12 @@ def compare(
 ) -> CompareResult:
     """Compare methods on one model, at several depths, pruned and healed: perplexity, answers, tasks, speed, cost.
 
-    The methods share one pass over the model, and each pruned model is measured in memory, without being built. If it
-    is interrupted, the same command resumes; more methods, depths, heals, models and tasks may be added later.
+    The methods share one pass over the model, and pruned models are measured in memory, without building them. The same
+    command resumes an interrupted comparison; methods, depths, heals, models and tasks can be added later.
     `intarsia build OUT/plans/METHOD --layers N` builds any of the models.
 
     Raises:
-        UserError: something about the input cannot be used. Nothing has been written then.
+        UserError: the input cannot be used; nothing was written.
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.commands.compare_rows import Ladders, Rows
@@ -168,7 +168,7 @@ def compare(
     started, out = time.perf_counter(), Path(out)
     run = RunDir(out, option="-o")
 
-    # Input: everything that can be wrong is found before any work.
+    # Input: find every problem before any work.
     methods = planners.choose_all(",".join(entrants.methods)) if entrants.methods else ()
     heals, given = entrants.heals(), [_named(each) for each in entrants.models]
     for stages in heals.values():
@@ -220,7 +220,7 @@ def compare(
     unknown = {name: each for name, each in models.items() if not rows.has_model(name, each)}
     if missing or unknown:
         if methods:
-            _ = job.text.calibration  # a mistyped text must leave no folder
+            _ = job.text.calibration  # a mistyped text must not leave a folder
         with run.opened(settings), progress.current().task("comparing", len(missing) + len(unknown)) as task:
             if methods:
                 pin_text(run, job)
@@ -238,11 +238,11 @@ def compare(
             again = {"command": command("compare", *parts, given=(entrants, evaluation, text))}
             run.write_json(SETTINGS, _report_facts(job, run, texts, evaluation) | {"asked": wishes} | again)
             try:
-                # The original first: it also shows whether the tasks can be scored.
+                # The original first, which also shows whether the tasks can be scored.
                 if rows.dense_key in missing:
                     rows.add(rows.dense())
                     task.advance()
-                # Those that share a pass over the whole model one after the other.
+                # Methods that share a pass over the whole model, one after the other.
                 for method in sorted(methods, key=lambda method: bool(method.create().after_final_norm)):
                     task.note(method.label)
                     ours = [key for key in missing if key[0] == method.label]
@@ -269,7 +269,7 @@ def compare(
 
 
 def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
-    """The evaluation texts by name; without a name a text is called after its file."""
+    """The evaluation texts by name (default: the file's)."""
     from intarsia.evaluation.perplexity import eval_corpus
 
     windows = evaluation.windows if len(evaluation.windows) > 1 else evaluation.windows * len(evaluation.text)
@@ -282,7 +282,7 @@ def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
 
 
 def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) -> dict[str, Job]:
-    """The models that exist already, by the names of their rows; `taken` are names of other rows."""
+    """The existing models by the names of their rows; `taken` are names of other rows."""
     from intarsia.commands.job import Job, check_same_tokenizer
 
     problems, found = Problems(), dict[str, Job]()
@@ -306,7 +306,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _settings(run: RunDir, job: Job, texts: Mapping[str, Corpus]) -> dict[str, Any]:
-    """What decides every number. An evaluation text is the same where its content is, whatever path it has."""
+    """The settings that decide the results. An evaluation text is identified by its content, not by its path."""
     from intarsia.commands.job import settings_of
 
     settings = settings_of(run, job)
@@ -319,7 +319,7 @@ def _settings(run: RunDir, job: Job, texts: Mapping[str, Corpus]) -> dict[str, A
 
 
 def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
-    """What is pinned of the tasks: of a local file the questions that are asked. They may be added later."""
+    """The pinned facts of the tasks, for a local file its questions. Tasks may be added later."""
     from hashlib import sha256
 
     def fact(task: Task) -> dict[str, Any]:
@@ -332,14 +332,14 @@ def _task_facts(tasks: TaskPlan, evaluation: CompareEval) -> dict[str, Any]:
 
 
 def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation: CompareEval) -> dict[str, Any]:
-    """What the report says of how the rows were made."""
+    """The facts about the comparison for its report."""
     from intarsia.commands.job import versions
 
     settings = run.pinned()
     nested = ("calibration", "tokens", "seq_len", "seed")
     sources = [_named(given)[1] for given in evaluation.text]
     named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
-    read = (run.path / "calibration.json").is_file()  # not where there are only models that existed already
+    read = (run.path / "calibration.json").is_file()  # missing if there are only existing models
     return {
         **{name: value for name, value in settings.items() if name not in nested},
         "settings": {name: settings[name] for name in nested},
@@ -359,14 +359,14 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
 def _estimate(
     method: Chosen, job: Job, depths: tuple[int, ...], heals: Mapping[str, tuple[Chosen, ...]]
 ) -> dict[str, Any]:
-    """Passes over the calibration text that a method takes at most, without the one that all methods share."""
+    """A method's passes over the calibration text at most, without the shared one."""
     from intarsia.commands.planning import Planning
 
     planning = Planning(job, Target(layers=min(depths)), method)
     planner, architecture = planning.planner, job.checkpoint.architecture
     shared = architecture.n_layers if planner.measures or planner.progressive else 0
     sequences = max(job.spec.length // job.spec.seq_len, 1)
-    # Where a step may take several layers, every depth may need a ladder of its own.
+    # If a step may remove several layers, every depth may need a ladder of its own.
     targets = depths if planner.layers_at_once > 2 else [min(depths)]
     forwards = sum(planner.forwards_at_most(architecture, target, sequences) - shared for target in targets)
     return {
@@ -378,7 +378,7 @@ def _estimate(
 
 
 def _write_outputs(out: Path) -> tuple[Path, ...]:
-    """Write what stands beside the rows: the table as CSV and Markdown, figures of quality, and the report page."""
+    """Write the table as CSV and Markdown, figures of quality, and the report page."""
     from intarsia.commands.report import REPORT
     from intarsia.disk import write_whole
     from intarsia.reporting.comparison import MEAN, as_csv, as_markdown, load

@@ -1,4 +1,4 @@
-"""Rows of a comparison: ladders of its methods over one pass of the whole model, and what is measured of each model."""
+"""Rows of a comparison: the methods' ladders from one shared pass, and the measures of each model."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ PLANS = "plans"
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """A depth of a method's ladder, or why the method does not come to it."""
+    """A depth of a method's ladder, or why the method does not reach it."""
 
     layers: int
-    # None where there is no such model.
+    # None if it was not reached.
     ladder: Ladder | None = None
     planning: Planning | None = None
     recipe: Recipe | None = None
-    # Of all steps down to it, without the shared pass.
+    # Layer-forwards of all steps down to it, without the shared pass.
     layer_forwards: float = 0.0
     seconds: float = 0.0
     note: str | None = None
 
 
 class Ladders:
-    """Makes ladders one after the other, each in a run folder of its own.
+    """Plans ladders one after the other, each in a run folder of its own.
 
     Attributes:
-        passes: how often the whole model was measured; `shared_forwards` is what that cost.
-        layer_forwards: cost of all ladders that were made, without that.
+        passes: number of passes that measured the whole model; `shared_forwards` is their cost.
+        layer_forwards: cost of all ladders without these passes.
     """
 
     def __init__(self, job: Job, out: Path) -> None:
@@ -76,7 +76,7 @@ class Ladders:
     def rungs(self, method: Chosen, depths: Sequence[int]) -> Iterator[Rung]:
         """The rungs at these depths, deepest model first.
 
-        Where a step may take several layers, the ladder can pass a depth by; such a depth has a ladder of its own.
+        If a step may remove several layers, a ladder can skip a depth; that depth gets a ladder of its own.
         """
         # The folder of `come[norm=average]` is `come-norm-average`.
         least = min(depths)
@@ -90,7 +90,7 @@ class Ladders:
                 note = "a ladder of its own"
             if depth not in planned.depths:
                 above = planned.depths[-1] if planned.depths else planned.layers
-                why = planned.stopped or f"the ladder passes from above it to {above}"
+                why = planned.stopped or f"the ladder skips it, and stops at {above}"
                 yield Rung(layers=depth, note=f"not reached: {why}")
                 continue
             steps = [entry for entry in ladder.log() if entry["layers"] >= depth]
@@ -105,9 +105,9 @@ class Ladders:
             )
 
     def healed(self, rung: Rung, stages: Sequence[Chosen]) -> tuple[Recipe, Path, dict[str, Any]]:
-        """The recipe of a rung with these heal stages, its file, and what a row says of the healing.
+        """The recipe of a rung after these heal stages, its file, and facts of the healing for the row.
 
-        Their common teacher is measured once, where there is memory for it.
+        Their common teacher is measured once, if it fits into memory.
         """
         assert rung.recipe is not None and rung.ladder is not None and rung.planning is not None
         started = time.perf_counter()
@@ -117,7 +117,7 @@ class Ladders:
             found = heal_recipe(rung.planning, rung.ladder, rung.recipe, stages, states=self._states())
         assert found is not None
         results = found.stages[1:]
-        kept = None if found.taken else "the fit is no better, so it stays as it was pruned"
+        kept = None if found.taken else "the fit is no better, so this is the pruned model"
         facts = {
             "heal_forwards": sum(result.facts.get("forwards", 0) for result in results) or None,
             "heal_seconds": time.perf_counter() - started if all(result.fresh for result in results) else None,
@@ -141,7 +141,7 @@ class Ladders:
         return planning, ladder, planned
 
     def _measured(self, planner: Planner) -> Intermediate:
-        """The original; measured where the planner needs that, once for all methods that measure it alike."""
+        """The original; measured if the planner needs it, once for all methods that measure it in the same way."""
         current = self._current
         if current is not None and current.after_final_norm != planner.after_final_norm:
             current.close()
@@ -167,7 +167,7 @@ class Ladders:
         return current
 
     def _states(self) -> TeacherStates | None:
-        """The original's hidden states: as the ladders measured it, or run once where there is memory for all."""
+        """The original's hidden states: from the ladders, or from one pass if all fit into memory."""
         corpus, resident = self.job.text.calibration, self.job.resident
         if self._current is not None and self._current.kept and (found := self._current.original()) is not None:
             return found
@@ -180,10 +180,10 @@ class Ladders:
 
 
 class Rows:
-    """The measured rows, and the measuring of new ones.
+    """The measured rows; measures new ones.
 
     Attributes:
-        dense_key: of the original's row.
+        dense_key: the key of the original's row.
     """
 
     def __init__(
@@ -197,10 +197,10 @@ class Rows:
     ) -> None:
         """
         Args:
-            log: a line for each row; of two about the same model the later one counts.
-            texts: what perplexity is measured on, by name.
-            tasks: what accuracy is measured on; None for nothing.
-            asked: the prompts that every model answers; None for none.
+            log: a line for each row; the last line about a model counts.
+            texts: evaluation texts for perplexity, by name.
+            tasks: to score models on; None for none.
+            asked: prompts for every model; None for none.
         """
         self.job, self.log, self.texts = job, log, texts
         self.tasks, self.asked, self.evaluation = tasks, asked, evaluation
@@ -208,11 +208,11 @@ class Rows:
         self.dense_key: Key = (DENSE, job.checkpoint.architecture.n_layers, "none")
 
     def has(self, key: Key) -> bool:
-        """Whether a row has all measures that this call asks for."""
+        """Whether a row has all measures of this call."""
         return key in self.rows and self._is_whole(self.rows[key])
 
     def has_model(self, name: str, job: Job) -> bool:
-        """The same of a model that existed already, while it has the same weights."""
+        """The same for an existing model, as long as it has the same weights."""
         row = self.rows.get((name, job.checkpoint.architecture.n_layers, "none"))
         return row is not None and row.weights_sha256 == job.sha256 and self._is_whole(row)
 
@@ -242,7 +242,7 @@ class Rows:
 
         Args:
             path: the recipe's file.
-            facts: of its healing.
+            facts: facts of its healing.
         """
         checkpoint = self.job.checkpoint
         row = replace(
@@ -267,7 +267,7 @@ class Rows:
         return model_of(recipe, self.job.resident, memory_budget=self.job.placement.memory_budget())
 
     def _doubted(self, row: Row) -> Row:
-        """A row that says where perplexity or tasks look well and the answers do not."""
+        """The row, with a warning if perplexity or tasks are good and the answers are not."""
 
         def measures(row: Row) -> dict[str, Any]:
             text, tasks = next(iter(self.texts), ""), row.tasks or {}
@@ -277,7 +277,7 @@ class Rows:
         return replace(row, note="; ".join(filter(None, [row.note, found])) or None)
 
     def _wants_tasks(self, layers: int) -> bool:
-        """Whether models of this depth are scored on tasks; the original is."""
+        """Whether to score models of this depth on tasks; the original always is."""
         depths = self.evaluation.task_layers
         return self.tasks is not None and (depths is None or layers in (*depths, self.dense_key[1]))
 
@@ -295,7 +295,7 @@ class Rows:
 
     @cached_property
     def reference(self) -> Reference:
-        """The original's answers, written once a command."""
+        """The original's answers, generated once per command."""
         assert self.asked is not None
         return self.asked.answered(self._model(None), seed=self.job.spec.seed, key=self.job.sha256)
 
@@ -326,14 +326,14 @@ class Rows:
         return found.to_dict()
 
     def _speed(self, model: Any, dense: Row | None) -> dict[str, Any]:
-        """Measured in turns with the original, so that other load on the machine affects both."""
+        """Measure in turns with the original, so that other load on the machine affects both."""
         models = {"this": model, **({} if dense is None else {"dense": self.job.resident.model})}
         found = {name: asdict(speed) for name, speed in compare_speed(models).items()}
         return {**found.pop("this"), **found}
 
 
 def _whole(name: str, job: Job) -> Row:
-    """The row of a model that is not made here, without its measures."""
+    """The row of an existing model, without its measures."""
     checkpoint = job.checkpoint
     layers = checkpoint.architecture.n_layers
     return Row(method=name, layers=layers, parameters=checkpoint.parameters, bytes=checkpoint.nbytes)

@@ -1,4 +1,4 @@
-"""`intarsia export`: a model as a GGUF file."""
+"""`intarsia export`: write a model as a GGUF file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ExportResult(Result):
     architecture: str
     tokenizer: str
     layers: int
-    # positions for which it gives what the checkpoint gives
+    # positions up to which it equals the checkpoint
     context: int
     tensors: int
     bytes: int
     seconds: float
-    # what was sent to the hub
+    # the upload to the hub
     push: Mapping[str, Any] | None = None
 
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from intarsia.data.corpus import Corpus
 
 BLEND, _UNCUT = "the same blend with no layer removed", "uncut"
-"""What a recipe over several models learns from, and its folder in the run folder."""
+"""The teacher of a recipe over several models, and its folder in the run folder."""
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
-"""One sequence in 16 is held out, up to 16,384 tokens: measuring must not take longer than training."""
+"""Hold out one sequence in 16, up to 16,384 tokens, so that measuring stays cheaper than training."""
 
 Stages: TypeAlias = Annotated[Any, heal_stages.by("stages")]
 """Heal stages: their names or settings, in order."""
@@ -42,7 +42,7 @@ Stages: TypeAlias = Annotated[Any, heal_stages.by("stages")]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingText(TextSpec):
-    """Text: what is fitted and trained on; a small part of it is held out."""
+    """Text: for fitting and training; a small part of it is held out."""
 
     # Training text, as --calibration of `plan`.
     sources: tuple[str, ...] = flag(MISSING, "--data", metavar="SPEC")
@@ -50,46 +50,46 @@ class TrainingText(TextSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityTexts(AnswerSpec):
-    """Evaluation: what is reported beside the held-out perplexity."""
+    """Evaluation: measures beside the held-out perplexity."""
 
-    # Text whose perplexity is reported after every stage.
+    # Evaluation texts, whose perplexity is reported after every stage.
     text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
-    # Sequences of each to use.
+    # Sequences to use of each evaluation text.
     windows: int = flag(64, "--eval-windows", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealedModel(JobOutput):
-    """Output: where the healed model goes."""
+    """Output: of the healed model."""
 
     suffix = ".heal"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HealResult(Result):
-    """What healing gave."""
+    """The result of healing."""
 
     source: Path
     out: Path
     run: Path
     teacher: str
-    # A row for the model as it came, and one for each stage: perplexities (held-out text first), the mean relative
-    # error of hidden states, tokens, seconds, and whether the stage was accepted.
+    # A row for the given model, and one for each stage: perplexities (held-out text first), the mean relative error of
+    # hidden states, tokens, seconds, and whether the stage was accepted.
     stages: tuple[dict[str, Any], ...]
     # For each output layer its span, and the error of its hidden state before and after.
     layers: tuple[dict[str, Any], ...]
-    # What the stages themselves report.
+    # The stages' own reports.
     details: dict[str, list[dict[str, Any]]]
     recipe_sha256: str
-    # A row for the original, the model as it came, and as it is healed: perplexity of the held-out text, agreement with
-    # the original's answers, and how its own are; empty where it is not measured.
+    # A row for the original, the given and the healed model: perplexity of the held-out text, agreement with the
+    # original's answers, and quality of its own answers; empty if these were not measured.
     answers: tuple[dict[str, Any], ...] = ()
-    # One sentence, where perplexity looks well and the answers do not.
+    # A warning, if perplexity is good and the answers are not.
     warning: str | None = None
     report: Path | None = None
     seconds: float
     peak_memory_bytes: int
-    # What was sent to the hub.
+    # The upload to the hub.
     push: Mapping[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def heal(
         Flag(
             positional=True,
             metavar="MODEL|RECIPE",
-            help="A model that intarsia has built, a recipe (.yaml), or a run folder of `plan` (its smallest depth).",
+            help="A model that intarsia built, a recipe (.yaml), or a run folder of `plan` (its smallest depth).",
         ),
     ],
     out: HealedModel | str | Path,
@@ -116,8 +116,8 @@ def heal(
         str | None,
         Flag(
             metavar="MODEL",
-            help="The model that training stages learn from (default: the recipe's base, or the blend of its models "
-            "with no layer removed). The closed form always uses the default.",
+            help="The teacher of training stages (default: the recipe's base, or for several models their blend with "
+            "no layer removed). The closed form always uses the default.",
         ),
     ] = None,
     evaluation: PerplexityTexts = PerplexityTexts(),
@@ -129,7 +129,7 @@ def heal(
     uses all processes.
 
     Raises:
-        UserError: something about the input cannot be used.
+        UserError: the input cannot be used.
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.commands.build import build_recipe, read_recipe
@@ -147,7 +147,7 @@ def heal(
     text = text if isinstance(text, TrainingText) else TrainingText(sources=(str(text),))
     main, run = training.rank() == 0, RunDir(out.run_path)
 
-    # Input: everything that can be wrong is found before any work.
+    # Input: find every problem before any work.
     chosen = heal_stages.choose_all(stages)
     check((bool(chosen), "--stages names no heal stage.", f"Name some of {', '.join(heal_stages.names)}."))
     check_stages(chosen, runtime)
@@ -180,13 +180,13 @@ def heal(
         **{each.name: {key: value for key, value in pinned(each).items() if key != "name"} for each in chosen},
     }
 
-    # The run folder. With several processes the first one writes what the others find there and in caches.
+    # The run folder. Of several processes, the first one writes what the others read there and in caches.
     wait = training.barrier(subject.placement.device)
     with ExitStack() as opened:
         if main:
             run.check(settings)
             if not text.writes:
-                _ = subject.text_parts  # too little text must leave no run folder
+                _ = subject.text_parts  # too little text must not leave a run folder
             opened.enter_context(run.opened(settings))
             corpora = dict(zip(("train", "held_out"), subject.text_parts, strict=True))
             facts: dict[str, Any] = {n: {"sha256": c.sha256, "tokens": c.tokens} for n, c in corpora.items()}
@@ -218,7 +218,7 @@ def heal(
         if main and asked is not None:
             measured = measured_stages(context, healed, asked, seed=text.seed, key=subject.sha256)
 
-        # Build, over the models that the recipe was given with.
+        # Build, over the models of the given recipe.
         account = healed.recipe.provenance["heal"] | {
             "settings": {k: v for k, v in settings.items() if "config" not in k}
         }
@@ -252,20 +252,20 @@ def heal(
 
 
 class Subject:
-    """What is healed: a recipe over opened checkpoints, what it learns from, and the text.
+    """The inputs of healing: a recipe over opened checkpoints, its teacher, and the text.
 
     Attributes:
-        recipe: as it was given; `variants` are the checkpoints of its models.
-        teacher: another teacher than the recipe's base, or than the blend of its models.
-        placement: where models are: on the device of this process.
-        written: the text that the model wrote itself, once it is drawn.
+        recipe: the given recipe; `variants` are the checkpoints of its models.
+        teacher: a teacher other than the recipe's base or blend.
+        placement: of models, on the device of this process.
+        written: the text that the model wrote itself, once it was drawn.
     """
 
     def __init__(self, recipe: Recipe, run: Path, teacher: str | None, text: TextSpec, runtime: Runtime) -> None:
         """Open all checkpoints.
 
         Raises:
-            UserError: one cannot be opened, the teacher does not fit, or a streamed model would have to write text.
+            UserError: one cannot be opened, the teacher does not fit, or a streamed model is to write text.
         """
         from intarsia.activations.architecture_checks import verified
         from intarsia.checkpoint.resolve import open_checkpoint
@@ -289,7 +289,7 @@ class Subject:
 
     @property
     def teacher_name(self) -> str:
-        """The teacher, for a person."""
+        """The teacher's name for log and report."""
         return BLEND if self._blended and self.teacher is None else (self.teacher or self.base).model
 
     @cached_property
@@ -301,11 +301,11 @@ class Subject:
 
     @cached_property
     def sha256(self) -> str:
-        """Which model it learns from, unless another teacher is given."""
+        """The identity of the default teacher."""
         return blend_sha256(self.recipe, self._members) if self._blended else self._members[self.recipe.base]
 
     def facts(self) -> dict[str, Any]:
-        """What a run folder pins of it."""
+        """The pinned facts."""
         from intarsia.checkpoint.hashing import acting_config, scan
 
         return {
@@ -318,27 +318,27 @@ class Subject:
 
     @cached_property
     def over_its_teacher(self) -> tuple[Recipe, Mapping[str, Checkpoint]]:
-        """The recipe over what it learns from; for several models that is their blend, in the run folder."""
+        """The recipe over its default teacher; for several models that is their blend, in the run folder."""
         if not self._blended:
             return self.recipe, self.variants
         return over_its_blend(self.recipe, self.variants, self._run)
 
     @cached_property
     def resident(self) -> LoadedModel:
-        """What it learns from by default, in memory, with all its variants beside it."""
+        """The default teacher in memory, with all its variants."""
         recipe, variants = self.over_its_teacher
         others = {name: checkpoint for name, checkpoint in variants.items() if name != recipe.base}
         return self.placement.resident(variants[recipe.base], others)
 
     @property
     def load_teacher(self) -> Callable[[], LoadedModel] | None:
-        """Loads the other teacher, if there is one."""
+        """The loader of the other teacher; None without one."""
         teacher = self.teacher
         return None if teacher is None else lambda: self.placement.resident(teacher)
 
     @cached_property
     def text_parts(self) -> tuple[Corpus, Corpus]:
-        """What is fitted and trained on, and what results are accepted by: not what the recipe was fitted on, either.
+        """The text for fitting and training, and the selection text, which the recipe was not fitted on before.
 
         Raises:
             UserError: there is too little text.
@@ -346,13 +346,13 @@ class Subject:
         corpus, seq_len = self._draw(self.text.length), self.text.seq_len
         number = max(1, min(round(len(corpus) / _HELD_OUT), _MOST_HELD_OUT // seq_len))
         train, held_out = corpus.split(1.0 - number / len(corpus) if len(corpus) > 1 else 0.5)
-        # Tokens of this very text, from the first on, that what the recipe holds was fitted on.
+        # Tokens at the start of this same text on which the recipe was fitted before.
         said = self.recipe.provenance.get("calibration") or {}
         same = {"text": corpus.description, "seq_len": seq_len, "seed": self.text.seed}
         fits = bool(self.recipe.fitted) and all(said.get(name) == value for name, value in same.items())
         seen = int(said.get("tokens", 0)) if fits else 0
         if seen > train.tokens:
-            current().say(f"{seen} tokens of this text were fitted on before: later ones are held out")
+            current().say(f"{seen} tokens of this text were used for fitting before; later ones are held out")
             # A longer draw has the same sequences first.
             longer = self._draw(seen + len(held_out) * seq_len)
             held_out = longer.split(1.0 - len(held_out) / len(longer))[1]
@@ -368,12 +368,12 @@ class Subject:
 
 
 def blend_of(recipe: Recipe) -> Recipe:
-    """What a recipe would be with no layer removed."""
+    """The recipe with no layer removed."""
     return recipe.with_layers(reference_layers(recipe), provenance={})
 
 
 def blend_sha256(recipe: Recipe, members: Mapping[str, str]) -> str:
-    """The identity of that blend, before it is made; `members` are the hashes of the weights of all variants."""
+    """The blend's identity, known before it is built; `members` are the weight hashes of all variants."""
     plain = replace(recipe, variants=tuple(Variant(name=v.name, model=v.name) for v in recipe.variants))
     facts = [schema.content_hash(blend_of(plain)), sorted(members.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -384,14 +384,14 @@ def over_its_blend(
 ) -> tuple[Recipe, dict[str, Checkpoint]]:
     """The same model as a recipe over its blend, and all checkpoints of that.
 
-    Healed toward one of its members, a blend would lose what it has of the others. So the same blend with all of its
-    layers takes the base's place: layers that are the blend's own become plain selections from it, and the stages work
-    as with one model. What they fit then belongs to the recipe over the members.
+    Healed toward one of its members, a blend would lose what it has from the others. So the same blend with all of its
+    layers takes the base's place: unpruned layers become plain selections from it, and the stages work as with one
+    model. The tensors they fit then belong to the recipe over the members.
 
     Args:
         variants: the opened members.
         run: a run folder with this recipe and these members; the blend is written to `uncut/` there, unless an
-            earlier call has done so.
+            earlier call did so.
 
     Raises:
         UserError: it cannot be written.
@@ -403,8 +403,8 @@ def over_its_blend(
     blended = blend_of(recipe)
     folder, layers = run / _UNCUT, blended.layers
     if not folder.exists():
-        require_room(run, variants[recipe.base].nbytes, f"the model that it learns from, {BLEND}", option="--run")
-        current().say(f"made of several models: it learns from {BLEND}")
+        require_room(run, variants[recipe.base].nbytes, f"the teacher, {BLEND}", option="--run")
+        current().say(f"made of several models; the teacher is {BLEND}")
         materialize(blended, variants, folder)
     blend = Checkpoint.open(folder, model=str(folder))
     name = _UNCUT
@@ -425,7 +425,7 @@ def over_its_blend(
 
 
 def forget_blend(run: Path) -> None:
-    """Delete the blend when nothing learns from it any more; what a kill leaves of it does not count as whole."""
+    """Delete the blend once it is no longer needed. A kill leaves an incomplete one, which does not count."""
     folder, leaving = run / _UNCUT, run / f".{_UNCUT}"
     if folder.exists():
         shutil.rmtree(leaving, ignore_errors=True)

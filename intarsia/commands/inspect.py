@@ -1,4 +1,4 @@
-"""`intarsia inspect`: what a model, a recipe or a run folder holds, without loading a weight."""
+"""`intarsia inspect`: show a model, a recipe or a run folder, without loading weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found."""
+    """The facts about a model, recipe or run folder."""
 
     source: str
     # `model`, `recipe` or `run`
@@ -36,7 +36,7 @@ class Inspection:
         return {"source": self.source, "kind": self.kind, **self.facts}
 
     def summary(self) -> dict[str, Any]:
-        """A screen of it: ten lines of a model."""
+        """The facts on one screen: ten lines for a model."""
         return _in_short(self.facts) if self.kind == "model" else self.to_dict()
 
 
@@ -50,17 +50,17 @@ def inspect(
         ),
     ],
 ) -> Inspection:
-    """Show what a model, a recipe or a run folder holds, without loading weights.
+    """Show facts about a model, a recipe or a run folder, without loading weights.
 
     Raises:
-        UserError: it is none of them, or damaged.
+        UserError: it is none of these, or damaged.
     """
     path, source = Path(source), str(source)
     if path.suffix in (".yaml", ".yml"):
         return Inspection(source=source, kind="recipe", facts=_recipe_facts(schema.load(path)))
     for name, what in ((COMPARISON, "a comparison"), (SEARCH, "a search")):
         if (path / name).is_file():
-            raise UserError(f"{source} is {what} (with {name}).", f"Look at it with `intarsia report {source}`.")
+            raise UserError(f"{source} is {what} (with {name}).", f"Use `intarsia report {source}`.")
     if (path / "settings.json").is_file():
         return Inspection(source=source, kind="run", facts=_run_facts(Ladder.existing(path)))
     check_model(source)
@@ -110,12 +110,12 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _in_short(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's facts, several in a line."""
+    """A model's facts, several on a line."""
     recipe = facts.get("recipe")
     kinds = facts.get("layer_types") or facts.get("kinds")
     more = {key: facts[key] for key in ("around_it",) if key in facts}
     more |= {} if recipe is None else {"made_by": f"{recipe['method']}: {recipe['depth']}"}
-    if "width" not in facts:  # layers that can only be removed
+    if "width" not in facts:  # a model whose layers can only be removed
         shown = {key: value for key, value in facts.items() if key not in ("kinds", "recipe")}
         return shown | {"layers": f"{facts['layers']} ({kinds})"} | more
     inexact = facts.get("not_exact_when_merged")
@@ -150,13 +150,12 @@ def _removal_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": f"{architecture.n_layers}, of width {architecture.width}",
         "kinds": _counted(kinds),
         "parameters": parameters,
-        "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, in the mean",
+        "share_of_a_layer": f"{architecture.layer_parameters / parameters:.2%} of all parameters, on average",
         "follows_the_layers": ", ".join([*architecture.per_layer, *architecture.inspected.tables]) or "nothing else",
-        "can_be_removed": f"{format_ranges(free)}; several, where every kind stays and the config can say it"
+        "can_be_removed": f"{format_ranges(free)}; several, if every kind stays and the config can describe it"
         if free
         else "none",
-        "exact": "a model without layers is the one in which they are skipped; "
-        "`intarsia anatomy check` verifies it on a small one",
+        "exact": "removing layers equals skipping them; `intarsia anatomy check` verifies this on a small model",
     }
 
 

@@ -1,4 +1,4 @@
-"""What the parts of one command share: an open checkpoint and, once they are needed, its model in memory and its text.
+"""The objects that parts of a command share: an open checkpoint and, once needed, its model in memory and its text.
 
 job = Job("demo", TextSpec(), Runtime(device="cpu"))
 job.checkpoint, job.tokenizer, job.sha256
@@ -39,16 +39,16 @@ from intarsia.options import ModelRef, Runtime, Target, TextSpec
 from intarsia.run_dir import RunDir
 
 WRITTEN = "self.jsonl"
-"""What a model wrote itself, in the run folder."""
+"""The self-written text in the run folder."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a model and its hidden states are while it is worked on: a `Runtime`, looked up on this machine."""
+    """Devices and memory of a model and its hidden states: a `Runtime`, resolved on this machine."""
 
-    # The first has embedding and head; the layers are spread over all of them.
+    # The first holds embedding and head; the layers are spread over all of them.
     devices: tuple[torch.device, ...]
     runtime: Runtime
 
@@ -72,16 +72,16 @@ class Placement:
 
     @property
     def device(self) -> torch.device:
-        """The device that data goes to."""
+        """The device for data."""
         return self.devices[0]
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What models run in; None for the checkpoint's own."""
+        """The dtype of models; None for the checkpoint's own."""
         return None if self.runtime.dtype is None else _DTYPES[self.runtime.dtype]
 
     def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> LoadedModel:
-        """A model, ready to be worked with; recipes may take layers of `others` too, by the variants' names."""
+        """Load a model; recipes may also use layers of `others`, by the variants' names."""
         how: dict[str, Any] = {"others": others, "stream": self.runtime.stream, "devices": self.devices}
         return LoadedModel(checkpoint, device=self.device, dtype=self.dtype, **how)
 
@@ -91,13 +91,13 @@ class Placement:
 
 
 class Job:
-    """A model to work on. Nothing heavy is read before it is needed, and nothing twice.
+    """A model to work on. Everything heavy is read when it is first needed, and once.
 
     Attributes:
-        model: its name, as recipes keep it; `revision` of a hub id.
+        model: its name in recipes; `revision` of a hub id.
         checkpoint: its files.
-        runtime: as asked for; `placement` is that on this machine.
-        others: further checkpoints that recipes may take layers of, by the variants' names.
+        runtime: the given options; `placement` is their resolution on this machine.
+        others: further checkpoints for recipes, by the variants' names.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Job:
             text: None for a job without calibration text.
 
         Raises:
-            UserError: there is no such model or device, or its sequences are too long for it.
+            UserError: there is no such model or device, or its positions are too few for the sequences.
         """
         self.runtime = runtime or Runtime()
         self.placement = Placement.of(self.runtime)
@@ -128,12 +128,12 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """The device that data goes to."""
+        """The device for data."""
         return self.placement.device
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the model runs in; None for the checkpoint's own."""
+        """The dtype of the model; None for the checkpoint's own."""
         return self.placement.dtype
 
     @cached_property
@@ -143,12 +143,12 @@ class Job:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of its weights, all of them finite."""
+        """The hash of its weights, which are checked to be finite."""
         return scan(self.checkpoint)
 
     @cached_property
     def resident(self) -> LoadedModel:
-        """The model in memory; of a streamed one all but its layers."""
+        """The model in memory; a streamed one without its layers."""
         return self.placement.resident(self.checkpoint, self.others or None)
 
     @property
@@ -157,22 +157,22 @@ class Job:
         return "resident" in self.__dict__
 
     def release(self) -> None:
-        """Free the model; it is loaded again when it is needed."""
+        """Free the model; the next use loads it again."""
         if self.__dict__.pop("resident", None) is not None:
             gc.collect()  # streamed layers and the model refer to one another
 
     @property
     def spec(self) -> TextSpec:
-        """What text is asked for."""
+        """The requested text."""
         assert self._text is not None, "this job has no text"
         return self._text
 
     @cached_property
     def text(self) -> TextParts:
-        """The calibration text, with what is held out of it.
+        """The calibration text, with its selection and test parts.
 
         Raises:
-            UserError: there are more sources than sequences, or a streamed model would have to write it.
+            UserError: there are more sources than sequences, or a streamed model is to write it.
         """
         key = self.sha256 if check_streamed_text(self.spec, self.runtime, option="--calibration") else None
         return draw(self.spec, self.tokenizer, writer=lambda: self.resident.model, writer_key=key)
@@ -182,24 +182,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The model's own tokenizer.
 
     Raises:
-        UserError: the folder has none that transformers can read.
+        UserError: transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trusts())
-        tokenizer("a")  # some settings are only refused when they are used
-    except Exception as error:  # tokenizers fail in many ways on files that are damaged
+        tokenizer("a")  # some bad settings only fail at the first use
+    except Exception as error:  # damaged files fail in many ways
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{checkpoint.folder} has no tokenizer that transformers can read: {said}.",
-            "Put tokenizer.json and tokenizer_config.json beside the weights; one with code of its own is not run.",
+            "Put tokenizer.json and tokenizer_config.json beside the weights; code of a tokenizer is not run.",
         ) from error
     return limited(tokenizer, checkpoint.architecture.vocabulary)
 
 
 def check_same_tokenizer(first: Job, other: Job) -> None:
-    """Refuse two models whose tokens are not the same.
+    """Refuse two models with different tokens.
 
     Raises:
         UserError: their tokenizers differ.
@@ -209,15 +209,15 @@ def check_same_tokenizer(first: Job, other: Job) -> None:
     if one.get_vocab() != two.get_vocab() or one(sample)["input_ids"] != two(sample)["input_ids"]:
         raise UserError(
             f"{other.model} has another tokenizer than {first.model}.",
-            "Give two models with one tokenizer, such as a model and what was made from it.",
+            "Give two models with the same tokenizer, such as a model and its pruned version.",
         )
 
 
 def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
-    """Refuse sequences that the model has no positions for.
+    """Refuse sequences longer than the model's positions.
 
     Raises:
-        UserError: they are longer than the config says.
+        UserError: they are longer.
     """
     most = checkpoint.architecture.config.get("max_position_embeddings")
     fits = not isinstance(most, int) or seq_len <= most
@@ -225,24 +225,24 @@ def check_seq_len(checkpoint: Checkpoint, seq_len: int) -> None:
 
 
 def check_streamed_text(text: TextSpec, runtime: Runtime, *, option: str) -> bool:
-    """Whether the model writes some of the text.
+    """Whether the model itself is to write some of the text.
 
     Raises:
-        UserError: it would have to, and it is streamed.
+        UserError: it is, and it is streamed.
     """
     if text.writes and runtime.stream:
         raise UserError(
-            f"{option} self lets the model write, and with --stream it is read anew for every token.",
-            "Give a file or data set, or let it write once without --stream: what it writes is kept.",
+            f"{option} self lets the model write text, and --stream would read all layers for every token.",
+            "Give a file or data set, or run once without --stream, which keeps the text.",
         )
     return text.writes
 
 
 def target_depth(target: Target, architecture: Architecture, parameters: int) -> int:
-    """The number of layers to keep; for a sparsity the greatest depth that removes at least that share.
+    """The number of layers to keep; for a sparsity, the greatest depth that removes at least that share.
 
     Raises:
-        UserError: depth alone cannot reach it.
+        UserError: removing layers cannot reach it.
     """
     depth, layers = architecture.n_layers, target.require().layers
     if layers is not None:
@@ -261,14 +261,14 @@ def target_depth(target: Target, architecture: Architecture, parameters: int) ->
 
 
 def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
-    """What of a model and of its text decides a result; `Runtime` does not.
+    """The settings of model and text that decide a result, unlike `Runtime`.
 
     Raises:
         UserError: the model or the calibration text cannot be used.
     """
-    _ = job.tokenizer  # one that cannot be read is found out before the weights are hashed
+    _ = job.tokenizer  # fails before the weights are hashed
     return {
-        # Absolute: however the folder is spelled, and wherever the command runs, it is the same model.
+        # An absolute path, so that spelling and working directory do not matter.
         "model": lasting(job.model),
         "revision": job.revision,
         "sha256": job.sha256,
@@ -281,9 +281,9 @@ def settings_of(run: RunDir, job: Job) -> dict[str, Any]:
 
 
 def calibration_of(run: RunDir, job: Job) -> str:
-    """How the settings of a run name the text: as when it was started, where it is the same text by another name.
+    """The text's name in the settings of a run: the recorded one, if it is the same text by another name.
 
-    Only text with another name is read here. What a model wrote has no other name.
+    Only text with another name is read here. Self-written text has no other name.
 
     Raises:
         UserError: the text cannot be read.
@@ -296,10 +296,10 @@ def calibration_of(run: RunDir, job: Job) -> str:
 
 
 def pin_text(run: RunDir, job: Job) -> None:
-    """Record the text that a run works on; a resumed run must find the same tokens.
+    """Record the text of a run; a resumed run must have the same tokens.
 
     Raises:
-        UserError: they are others.
+        UserError: they differ.
     """
     corpus = job.text.calibration
     run.pin("calibration", {"sha256": corpus.sha256, "tokens": corpus.tokens})
@@ -307,7 +307,7 @@ def pin_text(run: RunDir, job: Job) -> None:
 
 
 def keep_written(run: RunDir, corpus: Corpus | None, tokenizer: Any) -> None:
-    """Keep what the model wrote itself in the run folder, as JSON lines of messages that can be given as text again."""
+    """Keep self-written text in the run folder, as JSON lines of messages, which can be given as text again."""
     path = run.path / WRITTEN
     if corpus is not None and not path.is_file():
         rows = rows_of_messages(corpus.input_ids, tokenizer, learn_turns(tokenizer))
@@ -315,6 +315,6 @@ def keep_written(run: RunDir, corpus: Corpus | None, tokenizer: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a result is made with."""
+    """The versions of the software that made a result."""
     found = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"intarsia": __version__, **found, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""What `compress` and `heal` measure of the original and of the new model: perplexity, answers, tasks, speed."""
+"""The measures of `compress` and `heal` on the original and the new model: perplexity, answers, tasks, speed."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from intarsia.reporting.model_report import keep_measures
 from intarsia.reporting.page import write_report
 
 _SHARE_OF_FREE = 0.8
-_WRITTEN = 16  # tokens, after a prompt, that speed is measured on
+_WRITTEN = 16  # tokens generated after a prompt to measure speed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What is compared before and after."""
+    """The measures that are compared before and after."""
 
     layers: int
     parameters: int
-    # Of the weights.
+    # Size of the weights.
     bytes: int
     perplexity: Perplexity | None
-    # Of the pruned model before it was healed.
+    # Of the pruned model before healing.
     perplexity_without_heal: Perplexity | None = None
     # On further evaluation texts, by name.
     other_perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
-    # Of next tokens with the original's, and of answers.
+    # Agreement of next tokens with the original's, and measures of answers.
     answers: Agreement | None = None
-    # Mean over the tasks.
+    # Mean accuracy over the tasks.
     accuracy: float | None = None
-    # Tokens a second; None where they are not measured.
+    # Tokens per second; None if they are not measured.
     prefill_per_s: float | None
     decode_per_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, a row of a table: measures with their errors as mappings."""
+        """As plain data for a row of a table: measures with errors are mappings."""
         perplexities = {"perplexity": self.perplexity, "perplexity_without_heal": self.perplexity_without_heal}
         perplexities |= {f"perplexity of {name}": found for name, found in self.other_perplexities.items()}
         return {
@@ -70,15 +70,15 @@ class Measures:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What is measured before and after, and what came of it."""
+    """The evaluation before and after, and its results."""
 
-    # Texts for perplexity, by name; the first one is the one in the table.
+    # Texts for perplexity by name; the table shows the first one.
     texts: dict[str, Corpus]
     tasks: TaskPlan | None
     speed: bool
-    # Prompts that both models answer.
+    # Prompts for both models.
     asked: Asked | None
-    # Accuracy of the new model on the tasks, and what it kept of the original's.
+    # Accuracy of the new model on the tasks, with its retention of the original's.
     accuracy: dict[str, Any] | None = field(default=None, init=False)
 
     @classmethod
@@ -90,7 +90,7 @@ class Evaluation:
         """
         if spec.tasks and job.runtime.stream:
             raise UserError(
-                "--tasks is given with --stream, and tasks need the whole model in memory.", "Leave one of them out."
+                "--tasks is given with --stream, but tasks need the whole model in memory.", "Leave one of them out."
             )
         how: dict[str, Any] = {"seq_len": job.spec.seq_len, "windows": spec.windows or None}
         named = {text.rpartition("=")[0] or text: text.rpartition("=")[2] for text in spec.text}
@@ -103,35 +103,35 @@ class Evaluation:
 
     @property
     def text(self) -> Corpus | None:
-        """The text of the table."""
+        """The text whose perplexity is in the table."""
         return next(iter(self.texts.values()), None)
 
     @property
     def words(self) -> str | None:
-        """What was measured on, for a person."""
+        """The evaluation text in words."""
         if self.text is None:
             return None
         return f"{self.text.description}, {len(self.text)} windows of {self.text.seq_len} tokens"
 
     def perplexities(self, model: nn.Module) -> dict[str, Perplexity]:
-        """On every text."""
+        """The perplexity on every text."""
         return {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
 
     def scores(self, model: nn.Module, job: Job, name: str) -> TaskResults | None:
-        """On the tasks; None where there are none."""
+        """The scores on the tasks; None if there are none."""
         return None if self.tasks is None else score_tasks(self.tasks, model, job.tokenizer, name=name)
 
 
 def measured(
     job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None
 ) -> tuple[Measures, Measures]:
-    """Measures of the job's model and of what was built from it; the former is freed.
+    """Measure the job's model and the built one; the former is freed.
 
-    Speeds are measured in turns where memory holds both models, else one after the other. Those of a streamed model are
-    not measured: they say nothing of how fast it is in memory.
+    Speeds are measured in turns if memory holds both models, else one after the other. Those of a streamed model are
+    not measured, because they differ from those in memory.
 
     Args:
-        unhealed: the recipe before it was healed, whose perplexity is measured too; None where nothing was healed.
+        unhealed: the recipe before healing, whose perplexity is also measured; None without healing.
     """
     streams, report = job.runtime.stream, progress.current()
     memory_budget = job.placement.memory_budget() if streams else None
@@ -142,7 +142,7 @@ def measured(
         return load_model(small, device=job.device, dtype=job.dtype)
 
     if streams:
-        report.say("the models are streamed: speed is not measured")
+        report.say("the models are streamed, so speed is not measured")
     more = small.nbytes + (0 if job.in_memory else job.checkpoint.nbytes)
     together = not streams and more < free_bytes(job.device) * _SHARE_OF_FREE
     models = {"before": model_of(None, job.resident, memory_budget=memory_budget)}
@@ -150,7 +150,7 @@ def measured(
     speeds: dict[str, Speed] = {}
     if evaluation.speed:
         if not together:
-            report.say("both models do not fit into memory: their speeds are measured one after the other")
+            report.say("the models do not fit into memory together, so their speeds are measured one after the other")
         speeds = compare_speed(models, new_tokens=_WRITTEN)
     before = evaluation.perplexities(models["before"])
     reference, answers = None, None
@@ -203,13 +203,13 @@ def measured(
 
 
 def measured_stages(context: HealContext, healed: Healed, asked: Asked, *, seed: int, key: str) -> dict[str, Any]:
-    """Measures of the original, of the model as it came and, where a stage was accepted, as it is healed.
+    """Measures of the original, of the given model and, if a stage was accepted, of the healed one.
 
     Args:
         key: the hash of the original's weights.
 
     Returns:
-        As `report_model` takes them, with `models`: a row for each.
+        In the form of `report_model`, with `models`: a row for each.
     """
     budget = MemoryBudget(context.memory_bytes)
     original = model_of(None, context.resident, memory_budget=budget)
@@ -236,11 +236,11 @@ def measured_stages(context: HealContext, healed: Healed, asked: Asked, *, seed:
 def report_model(
     recipe: Recipe, base: Checkpoint, built: BuildResult, measured: Mapping[str, Any], text: Corpus | None
 ) -> None:
-    """Write what was measured into the card and the folder of a built model, and its report.
+    """Write measures into the card and the folder of a built model, and its report.
 
     Args:
-        measured: `before`, `after`, `warning`, and what else `keep_measures` keeps; empty where nothing was measured.
-        text: what perplexity was measured on.
+        measured: `before`, `after`, `warning`, and other keys of `keep_measures`; empty without measures.
+        text: the evaluation text.
     """
     if measured:
         facts = card_facts(recipe, base, built, title=built.out.name)

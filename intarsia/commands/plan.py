@@ -18,26 +18,26 @@ from intarsia.run_dir import RunDir
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult(Result):
-    """What a plan gave."""
+    """The result of a plan."""
 
     model: str
     method: str
     # The run folder; None for a dry run.
     run: Path | None
-    # Of the model.
+    # Layers of the model.
     layers: int
     target: int
-    # The depths whose recipes the run folder holds.
+    # The depths with a recipe in the run folder.
     depths: tuple[int, ...]
-    # Calibration loss in nats at each of them; None where the method does not measure it.
+    # Calibration loss in nats at each of these depths; None if the method does not measure it.
     losses: tuple[float | None, ...]
     # Cost of the whole run; 1 is one layer over the calibration text.
     layer_forwards: float
     seconds: float = 0.0
     peak_memory_bytes: int
-    # Why the method ended before the target, or None.
+    # Why the method stopped before the target, or None.
     stopped: str | None
-    # What it takes, as known before.
+    # The estimate of its cost.
     estimate: Estimate
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def plan(
 ) -> PlanResult:
     """Plan the pruning: one recipe for every depth down to the target. Nothing is built.
 
-    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. If it is
-    interrupted, the same command resumes; the same run can be continued to fewer layers.
+    Give either --layers or --sparsity. `intarsia build RUN --layers N` builds any of the depths later. The same command
+    resumes an interrupted plan, and continues a finished one with fewer --layers.
 
     Raises:
-        UserError: something about the input cannot be used. Nothing has been written then.
+        UserError: the input cannot be used; nothing was written.
     """
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.commands.job import Job

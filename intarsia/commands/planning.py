@@ -293,6 +293,7 @@ def heal_recipe(
             selection=job.text.selection,
             starts=starts,
             states=planning.states() or states,
+            release=planning.close,
             tokenizer=job.tokenizer,
             memory_bytes=job.runtime.memory_bytes,
             batch_tokens=job.runtime.batch_tokens,

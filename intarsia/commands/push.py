@@ -1,4 +1,4 @@
-"""`intarsia push`: a model folder or an exported file goes to the HuggingFace hub."""
+"""`intarsia push`: upload a model folder or an exported file to the HuggingFace hub."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class PushResult(Result):
-    """What was sent, or would be."""
+    """What was uploaded, or would be."""
 
     source: Path
     repository: str
     private: bool
     account: str
-    # `file` and `bytes` of each.
+    # Files to upload, with `file` and `bytes`.
     files: tuple[dict[str, Any], ...]
-    # Places on this machine that the recipe names, which everyone can read; None where there are none.
+    # Paths of this machine in the recipe, which becomes readable for everyone; None if there are none.
     mentions: tuple[str, ...] | None
-    # Of all files.
+    # Total size of the files.
     bytes: int
-    # False for a dry run, which sends nothing.
+    # False for a dry run.
     sent: bool
     address: str | None
 
@@ -39,14 +39,14 @@ def push(
     repository: Annotated[str, Flag(positional=True, metavar="NAME", help="`name` or `owner/name`.")],
     *,
     private: Annotated[bool, Flag(help="Make a new hub repository private.")] = False,
-    dry_run: Annotated[bool, Flag(help="Print what would be sent; send nothing.")] = False,
+    dry_run: Annotated[bool, Flag(help="Print what would be uploaded; upload nothing.")] = False,
 ) -> PushResult:
-    """Send a model folder with its card, or a GGUF file, to the HuggingFace hub.
+    """Upload a model folder with its card, or a GGUF file, to the HuggingFace hub.
 
-    A repository that does not exist is made.
+    A missing repository is created.
 
     Raises:
-        UserError: there is nothing to send, nobody is logged in, or the hub cannot be reached.
+        UserError: there is nothing to upload, no login, or no connection to the hub.
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.model_name import local_path
@@ -55,7 +55,7 @@ def push(
     source = Path(source)
     if not source.is_file() and not (source / "config.json").is_file():
         found = "a folder without a config.json" if source.is_dir() else "no file or folder"
-        raise UserError(f"{source} is {found}.", "Pass what `build`, `compress`, `heal` or `export` has written.")
+        raise UserError(f"{source} is {found}.", "Give an output of `build`, `compress`, `heal` or `export`.")
     account = _account(repository)
     repository = repository if "/" in repository else f"{account}/{repository}"
     files = {source.name: source}
@@ -67,7 +67,7 @@ def push(
         variants = schema.load(source / RECIPE_FILE).variants
         mentions = tuple(variant.model for variant in variants if local_path(variant.model) is not None)
     for place in mentions:
-        current().say(f"the uploaded recipe names a place on this machine: {place}")
+        current().say(f"the uploaded recipe contains a path of this machine: {place}")
     sizes = {name: file.stat().st_size for name, file in files.items()}
     address = None if dry_run else _send(source, repository, list(files), private=private)
     return PushResult(
@@ -84,15 +84,15 @@ def push(
 
 
 def push_later(repository: str | None, *, private: bool, dry_run: bool = False) -> Callable[[R, Path], R]:
-    """What a verb calls with its result and what it has written: sends that, and gives the result with `push` set.
+    """A function that uploads the output of a verb, and returns its result with `push` set.
 
-    Whether it can be sent is asked now, before the work. Without a repository nothing is sent.
+    Check now, before the work, that the upload is possible. Without a repository nothing is uploaded.
 
     Args:
-        dry_run: nothing is written; the result only says where it would go.
+        dry_run: upload nothing, only report the target.
 
     Raises:
-        UserError: see `push`; so does what is returned.
+        UserError: see `push`; the returned function raises it too.
     """
     if repository is None:
         return lambda result, out: result
@@ -109,7 +109,7 @@ def push_later(repository: str | None, *, private: bool, dry_run: bool = False) 
 
 
 def _account(repository: str) -> str:
-    """The account that is logged in, checked before the work."""
+    """The logged-in account, checked before the work."""
     import huggingface_hub
     from huggingface_hub.utils import validate_repo_id
 
@@ -117,19 +117,19 @@ def _account(repository: str) -> str:
         validate_repo_id(repository)
         return str(huggingface_hub.HfApi().whoami()["name"])
     except Exception as error:
-        # Which errors come out of a failed call differs between versions of the hub's client and of the HTTP library
-        # below it. None of them is a defect of this package.
-        raise _not_reached(repository, error, "Nothing was sent.") from error
+        # The errors of a failed call differ between versions of the hub's client and of its HTTP library. None of them
+        # is a defect of this package.
+        raise _not_reached(repository, error, "Nothing was uploaded.") from error
 
 
 def _send(what: Path, repository: str, names: list[str], *, private: bool) -> str:
-    """Make the repository where it does not exist, and send everything in one commit; its address."""
+    """Create the repository if it is missing, upload everything in one commit, and return its address."""
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
     again = f"{what} is complete; try again with `intarsia push {what} {repository}`."
     commit: dict[str, Any] = {"repo_id": repository, "commit_message": f"Upload {what.name} with intarsia"}
-    with current().task(f"sending to {repository}", 1) as task:
+    with current().task(f"uploading to {repository}", 1) as task:
         try:
             address = str(api.create_repo(repository, private=private, exist_ok=True))
             if what.is_file():
@@ -147,15 +147,15 @@ def _not_reached(repository: str, error: Exception, then: str) -> UserError:
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
-        found, remedy = "it is no name of a repository", "A repository is called `name`, or `owner/name`."
+        found, remedy = "it is not a repository name", "Write `name` or `owner/name`."
     elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
-        found, remedy = "nobody is logged in", "Run `hf auth login` with a token that may write."
+        found, remedy = "you are not logged in", "Run `hf auth login` with a token that may write."
     elif status == 403:
         found = "this account may not write there"
-        remedy = "Use a token that may write, and a repository of your own or of an organisation you belong to."
+        remedy = "Use a token with write access, and a repository of yours or of an organisation you belong to."
     elif isinstance(error, errors.OfflineModeIsEnabled):
         found, remedy = "HF_HUB_OFFLINE is set", "Unset it."
     else:
         text = str(error).splitlines()[0] if str(error) else "no message"
-        found, remedy = f"{type(error).__name__}: {text}", "Look at the network, and try again."
-    return UserError(f"The hub does not take {repository}: {found}.", f"{remedy} {then}")
+        found, remedy = f"{type(error).__name__}: {text}", "Check the network, and try again."
+    return UserError(f"Cannot upload to {repository}: {found}.", f"{remedy} {then}")

@@ -1,4 +1,4 @@
-"""`intarsia report`: one page about one run or several, with the models' own answers if asked for."""
+"""`intarsia report`: one page about one or several runs, on request with the models' answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ReportResult(Result):
     out: Path
     runs: tuple[str, ...]
     bytes: int
-    # prompts that models answered for it
+    # prompts that the models answered
     written: int
     seconds: float
 
@@ -44,16 +44,16 @@ def report(
         Flag(
             metavar="RUN",
             commas=False,
-            help="Run folders, comparisons, models that intarsia has built, files of `bench --json`.",
+            help="Run folders, comparisons, models that intarsia built, files of `bench --json`.",
         ),
     ],
     out: Annotated[Path, Flag(names=("--out", "-o"), metavar="FILE", help="The HTML file.")] = Path("report.html"),
     generate: Annotated[bool, Flag(help="Show answers of each model and its original to some prompts.")] = False,
     prompt: Annotated[
         tuple[str, ...],
-        Flag(metavar="TEXT", commas=False, help="A prompt to answer; may be given several times (default: three)."),
+        Flag(metavar="TEXT", commas=False, help="A prompt to answer; repeatable (default: three prompts)."),
     ] = (),
-    new_tokens: Annotated[int, Flag(metavar="N", help="Tokens per answer, at most.")] = 96,
+    new_tokens: Annotated[int, Flag(metavar="N", help="Most tokens of an answer.")] = 96,
     device: Annotated[str | None, Flag(help="Device: cpu, cuda, cuda:1 ... (default: the best available).")] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
@@ -61,10 +61,10 @@ def report(
     ] = None,
     overwrite: Annotated[bool, Flag(help="Replace the file if it exists.")] = False,
 ) -> ReportResult:
-    """Write one HTML file about runs and models. It opens anywhere and needs no network.
+    """Write one self-contained HTML file about runs and models.
 
     Raises:
-        UserError: a run or the file cannot be used; nothing has been written then.
+        UserError: a run or the file cannot be used; nothing was written.
     """
     from intarsia.building.materialize import RECIPE_FILE
     from intarsia.checkpoint.resolve import inputs_of
@@ -76,20 +76,20 @@ def report(
     started, prompt = time.perf_counter(), prompt or PROMPTS
     out, paths = Path(out), [Path(run) for run in runs]
     if not paths:
-        raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia has made.")
+        raise UserError("There is no run to report on.", "Name a run folder, or a model that intarsia built.")
     check_no_input(out, inputs_of(files=paths))
-    check((out.parent.is_dir(), f"There is no such folder as {out.parent}.", "Name a file in a folder that exists."))
+    check((out.parent.is_dir(), f"There is no folder {out.parent}.", "Name a file in a folder that exists."))
     check_file(out, overwrite=overwrite)
-    report_html(paths)  # everything that is wrong with the runs is found out before any model is loaded
+    report_html(paths)  # find every problem of the runs before loading a model
     found: dict[Path, list[Written]] = {}
     if generate:
         place = Placement.of(Runtime(device=device, dtype=dtype))
         folders = [path for path in paths if is_model_folder(path)]
-        none = "--generate is given, and none of the runs is a model folder that intarsia has built."
+        none = "--generate is given, and none of the runs is a model that intarsia built."
         check(
             (bool(folders), none, "Name the output folder of `compress`, `build` or `heal` too."),
             *at_least(1, new_tokens=new_tokens),
-            (all(text.strip() for text in prompt), "A prompt is empty.", "Give it a text."),
+            (all(text.strip() for text in prompt), "A prompt is empty.", "Give it some text."),
         )
         recipes = {folder: schema.load(folder / RECIPE_FILE) for folder in folders}
         for recipe in recipes.values():

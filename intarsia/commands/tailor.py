@@ -1,6 +1,6 @@
 """Tailor: search for the best small model that can be made of a family of fine-tunes.
 
-Source: GPTailor, arXiv 2506.20480. All of a search is in its run folder (`intarsia.tailoring.run`).
+Source: GPTailor, arXiv 2506.20480. A search keeps everything in its run folder (`intarsia.tailoring.run`).
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
     from intarsia.tailoring.warm_start import WarmStart
 
 _LEAST_TOKENS, _SEQ_LEN = 128, 512
-"""Of the text that planners and sensitivities are measured on: the fewest tokens, and those of a sequence."""
+"""The text for planners and sensitivities: fewest tokens, and tokens in a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """Search: how long, and where trials run."""
+    """Search: its length, and where trials run."""
 
-    # Trials to make (default: what the family file says).
+    # Number of trials (default: the family file's).
     trials: int | None = flag(None, metavar="N")
     # Trials to add to a finished search; an unfinished one is finished first.
     more_trials: int | None = flag(None, metavar="N")
-    # Text for planners and channel scores (default: the examples that the objectives search on).
+    # Text for planners and channel scores (default: the objectives' search examples).
     calibration: tuple[str, ...] = flag((), metavar="SPEC")
-    # Tokens of that text, at most.
+    # Most tokens of that text.
     tokens: int = flag(8192, metavar="N", parse=token_count)
-    # Trials at a time, each in a process of its own (default: 1, in this process).
+    # Parallel trials, each in a separate process (default: 1, in this process).
     workers: int | None = flag(None, metavar="N")
     # Run trials on the workers of a Dask scheduler, such as tcp://host:8786.
     scheduler: str | None = flag(None, metavar="ADDRESS")
-    # For a dry run: config files of hub models, as DIR/ORGANISATION/NAME/config.json.
+    # For a dry run: folder with config files of hub models, as DIR/ORGANISATION/NAME/config.json.
     configs: Path | None = flag(None, metavar="DIR")
-    # Print the size of the search space, the budgets and the cost; only config files are read.
+    # Print the size of the search space, the budgets and the cost; read only config files.
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -68,19 +68,19 @@ class SearchOptions:
             *at_least(16, tokens=self.tokens),
             (not both, "--trials and --more-trials are both given.", "Give one of them."),
             (self.configs is None or self.dry_run, "--configs is given without --dry-run.", "Add --dry-run."),
-            (not missing, f"--configs {self.configs} is no folder.", "Check the path."),
+            (not missing, f"--configs {self.configs} is not a folder.", "Check the path."),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalOptions:
-    """Result: what is made of what the search finds."""
+    """Result: how to use the result of the search."""
 
     # Build the incumbent into RUN/best.
     build: bool = True
     # Score the incumbent on unseen examples.
     judge: bool = True
-    # Unseen examples per objective, at most.
+    # Most unseen examples per objective.
     judge_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
@@ -99,13 +99,13 @@ def tailor(
     runtime: Runtime = Runtime(),
     final: FinalOptions = FinalOptions(),
 ) -> TailorResult:
-    """Search for the best small model that can be made of a family: remove, select, merge and join layers.
+    """Search a family of models for the best smaller one: remove, select, merge and join layers.
 
     If it is interrupted, the same command resumes.
     `intarsia build RUN --best NAME` (or --knee, --trial N) builds any trial.
 
     Raises:
-        UserError: something about the input cannot be used, or the first trials all fail.
+        UserError: the input cannot be used, or the first trials all fail.
     """
     from intarsia.checkpoint.hashing import acting_config
     from intarsia.commands.job import Placement, versions
@@ -159,7 +159,7 @@ def tailor(
             run.start(file, facts, evaluator)
         run.want(plan.trials)
 
-        # 5. What the search starts with.
+        # 5. Warm starts.
         warm = SearchStart(file, search, runtime, run)
         scores = warm.sensitivities(family) if space.shares else {}
         translator = translator_of(file, family.architecture, run.settings, scores)
@@ -217,19 +217,19 @@ def tailor(
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What to search, where, and how long."""
+    """The checked options of a search."""
 
     file: FamilyFile
     engine: Chosen
     # The run folder; None for a dry run without one.
     out: Path | None
     trials: int
-    # With a resumed search's device and dtype, where none are given.
+    # With the device and dtype of a resumed search as defaults.
     runtime: Runtime
 
 
 def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, runtime: Runtime) -> _Plan:
-    """Read and check the options and the family file; nothing is opened yet."""
+    """Read and check the options and the family file, without opening models."""
     from intarsia.checkpoint.resolve import inputs_of
     from intarsia.disk import check_no_input
 
@@ -241,8 +241,8 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
             (not resumes or out is None, "--out is given with the folder of a search.", "Leave it out."),
             (resumes or out is not None or search.dry_run, "There is no folder for the search.", "Give one with -o."),
             (resumes or more is None, "--more-trials is given with a family file.", "Use --trials, or give the run."),
-            (not runtime.devices, "--devices is not for a search.", "Leave it out."),
-            (not runtime.stream, "--stream is not for a search.", "Leave it out."),
+            (not runtime.devices, "A search does not support --devices.", "Leave it out."),
+            (not runtime.stream, "A search does not support --stream.", "Leave it out."),
         )
     with problems:
         engine = None if engine is None else engines.choose(engine)
@@ -260,7 +260,7 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
     known = run.wanted if run is not None and is_tailor_run(run.path) else 0
     if resumes:
         assert run is not None
-        # A search whose trials are not all made continues to its earlier goal, so that a killed call can be repeated.
+        # An unfinished search continues to its earlier goal, so that a killed command can be repeated.
         wanted = known or file.search.trials
         trials = search.trials or wanted + (more or 0) * (len(run.history.made) >= wanted)
         facts = run.settings
@@ -275,9 +275,9 @@ def _read(source: Path, out: Path | None, engine: Any, search: SearchOptions, ru
 
 
 class SearchStart:
-    """What a search starts with: sensitivities of pieces, and sensible candidates. Each is made once and kept.
+    """The inputs of a search: sensitivities of pieces, and warm starts. Each is computed once and kept.
 
-    Planners and sensitivities are measured on the same text: what the objectives show of their sources to the search.
+    Planners and sensitivities use the same text, by default the objectives' search examples.
     """
 
     def __init__(self, file: FamilyFile, search: SearchOptions, runtime: Runtime, run: TailorRun) -> None:
@@ -296,7 +296,7 @@ class SearchStart:
         return load_scores(path)
 
     def start(self, translator: Translator) -> WarmStart:
-        """The candidates to start with, and trials of earlier searches."""
+        """The first candidates, and trials of earlier searches."""
         from intarsia.tailoring.warm_start import WarmStart
 
         path = self.run.path / "warm_start.json"
@@ -305,7 +305,7 @@ class SearchStart:
             for name in self.file.search.warm_start:
                 found = self._one(name, translator)
                 if not found.starts and not found.earlier:
-                    current().say(f"warm start {name}: nothing in it fits this space")
+                    current().say(f"warm start {name}: no candidate fits this space")
                 parts.append(found)
             if "job" in self.__dict__:
                 self.job.release()
@@ -339,7 +339,7 @@ class SearchStart:
 
     @cached_property
     def job(self) -> Job:
-        """The base with its calibration text: as many tokens as there are; shorter sequences where they are few."""
+        """The base with its calibration text: all available tokens, in shorter sequences if they are few."""
         from intarsia.checkpoint.resolve import open_checkpoint
         from intarsia.commands.job import Job
 
@@ -363,7 +363,7 @@ class SearchStart:
                 return job
 
     def _shown(self) -> Iterator[str]:
-        """What the objectives show of their sources, as specs; items of tasks in a file of the run folder."""
+        """The objectives' search examples, as text specs; items of tasks are written to a file in the run folder."""
         from intarsia.tailoring.objective import part_of
 
         lines: list[str] = []
@@ -379,7 +379,7 @@ class SearchStart:
 
 
 def _measured(run: TailorRun) -> list[object]:
-    """What two searches must share for their costs to be comparable."""
+    """The facts that two searches must share for comparable costs."""
     facts = run.settings
     objectives = [[entry[key] for key in ("name", "kind", "metric", "sha256")] for entry in facts["objectives"]]
     hashes = {name: member["sha256"] for name, member in facts["members"].items()}
@@ -387,7 +387,7 @@ def _measured(run: TailorRun) -> list[object]:
 
 
 def _items(objective: ObjectiveSpec) -> list[str] | None:
-    """The items that an objective shows, as text; None where its source is no file of items."""
+    """The search items of an objective as text; None if its source is not a file of items."""
     from intarsia.evaluation.task_file import Question, Target, names_a_file, read_items
     from intarsia.tailoring.objective import part_of
 
@@ -399,13 +399,13 @@ def _items(objective: ObjectiveSpec) -> list[str] | None:
     try:
         return [f"{target.query} {target.target}" for target in read_items(part, Target)[1]]
     except UserError:
-        return None  # a file of texts, which is read as such
+        return None  # a file of text, which is read directly
 
 
 def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final: FinalOptions) -> dict[str, Any]:
-    """Write the front with its recipes, build its knee into `best/`, score it on unseen examples.
+    """Write the front with its recipes, build its knee into `best/`, and score it on unseen examples.
 
-    What was done for the same incumbent before is not done again.
+    Work that was done for the same incumbent before is not repeated.
     """
     from intarsia.commands.build import build_recipe
     from intarsia.recipe.schema import content_hash
@@ -441,16 +441,16 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
 
 @dataclass(frozen=True, kw_only=True)
 class TailorResult:
-    """What a search has found."""
+    """The result of a search."""
 
     # Its folder; None for a dry run.
     run: Path | None
     predicted: Predicted
-    # Trials that were made, and those of them that failed.
+    # Number of trials, and of failed ones.
     trials: int = 0
     failed: int = 0
     front: Front | None = None
-    # Final scores of the incumbent and the base on unseen examples; None without them.
+    # Final scores of the incumbent and the base on unseen examples; None if they were not measured.
     evaluated: Mapping[str, Any] | None = None
     # The folder of the built incumbent.
     best: Path | None = None

@@ -1,4 +1,4 @@
-"""`intarsia verify`: does a model folder keep what every runtime expects of one?"""
+"""`intarsia verify`: check that a model folder meets what every runtime expects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult(Result):
-    """What came of every check."""
+    """The results of all checks."""
 
     folder: Path
     # Whether no check failed.
@@ -28,7 +28,7 @@ class VerifyResult(Result):
 
     @property
     def passed(self) -> bool:
-        """Whether the command ends with exit code 0."""
+        """Whether the command exits with code 0."""
         return self.kept
 
 
@@ -40,13 +40,13 @@ def verify(
     ] = "5GB",
     load: Annotated[bool, Flag(help="Also load the model, and generate with and without cache.")] = True,
 ) -> VerifyResult:
-    """Check that a model folder is a stock checkpoint: whole, consistent, and loading everywhere.
+    """Check that a model folder is a stock checkpoint: complete, consistent, and loadable everywhere.
 
     Exit code 0: all checks passed; 1: a check failed; 2: there is no model folder. A weight file with a single tensor
     may be larger than --max-shard-size. Loading takes memory for the weights in float32.
 
     Raises:
-        UserError: there is no such folder, or it has no config that can be read.
+        UserError: there is no such folder, or it has no readable config.
     """
     require_folder(Path(folder))
     from intarsia.checkpoint.reader import read_config

@@ -1,1 +1,1 @@
-"""From what names a text to pinned token sequences."""
+"""Text: from named sources to pinned token sequences."""

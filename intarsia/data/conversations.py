@@ -1,10 +1,10 @@
-"""Conversations: the columns that hold one, its messages in one form, and what a chat template makes of them.
+"""Conversations: their columns in a data set, their messages in one form, and their text by a chat template.
 
 A row is a list of messages (`messages`; `conversations` with from/value), or a question and an answer (`prompt` and
 `response`, `instruction` with `input` and `output`, ...), or plain text. `content` is a string or a list of text parts.
 
-No particular template is assumed: how it writes turns is learnt by rendering marked messages; the text before, between
-and after the marks is the form.
+No particular template is assumed: its form of turns is learnt by rendering marked messages, as the text before, between
+and after the marks.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ class Conversation:
     """The messages of one row."""
 
     messages: tuple[Mapping[str, Any], ...]
-    # Tools that the assistant may call, as JSON schemas; None without.
+    # Tools that the assistant may call, as JSON schemas; None without any.
     tools: tuple[Any, ...] | None = None
-    # The row, for errors.
+    # The row's name in errors.
     where: str
-    # The columns that it was read from.
+    # The columns it was read from.
     columns: str
 
     @property
     def size(self) -> int:
-        """Its characters."""
+        """Number of characters."""
         return sum(len(message["content"]) for message in self.messages)
 
     @property
     def question(self) -> str:
-        """What the user says last."""
+        """The user's last message."""
         return next((each["content"] for each in reversed(self.messages) if each["role"] == "user"), "")
 
     def plain(self) -> str:
-        """Speaker and words, for a model without a chat template."""
+        """The text with speakers' names, for a model without a chat template."""
         lines = []
         for message in self.messages:
             calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
@@ -78,7 +78,7 @@ class Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns of a data set that are read: one of text or messages, or a question and its answer."""
+    """The columns of a data set to read: one of text or messages, or a question and its answer."""
 
     question: str
     answer: str | None = None
@@ -88,8 +88,8 @@ class Columns:
         """Choose the columns of a data set.
 
         Args:
-            where: names the data set in errors.
-            kinds: every column with what it holds: `text`, `messages`, or anything else.
+            where: the data set's name in errors.
+            kinds: the content of every column: `text`, `messages`, or anything else.
 
         Raises:
             UserError: no column can be used.
@@ -114,21 +114,21 @@ class Columns:
 
     @classmethod
     def of_record(cls, where: str, record: Mapping[str, Any]) -> Columns:
-        """The same, from the values of a row."""
+        """Choose the columns from the values of a row."""
         return cls.found(where, {name: _kind(value) for name, value in record.items()})
 
     def read_from(self, names: Sequence[str]) -> list[str]:
-        """Those of a data set's columns that are needed."""
+        """The needed columns of a data set."""
         needed = {self.question, self.answer, *_BESIDE}
         return [name for name in names if name in needed]
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """The columns in words."""
         return self.question if self.answer is None else f"{self.question} and {self.answer}"
 
     def read(self, record: Mapping[str, Any], where: str) -> str | Conversation:
-        """A row as text or as a conversation; an empty text where the row, or its answer, is empty.
+        """A row as text or as a conversation; an empty text if the row, or its answer, is empty.
 
         Raises:
             UserError: a column is missing, or holds something else.
@@ -167,9 +167,9 @@ def row_error(where: str, expected: str, found: str, remedy: str) -> UserError:
 
 
 def missing_column(where: str, column: str, columns: Sequence[str]) -> UserError:
-    """An error: a column that is not there."""
+    """The error for a missing column."""
     found = f"the columns {', '.join(columns) or '(none)'}"
-    return row_error(where, f"a column {column!r}", found, "Name one of these.")
+    return row_error(where, f"a column {column!r}", found, "Give one of these.")
 
 
 def _is_messages(value: Any) -> bool:
@@ -193,20 +193,20 @@ def _text(value: Any, where: str, column: str) -> str:
         return ""
     if not isinstance(value, str):
         found = f"a {type(value).__name__}"
-        raise row_error(where, f"text in column {column!r}", found, "Name a column that holds text.")
+        raise row_error(where, f"text in column {column!r}", found, "Give a column that holds text.")
     return _valid(value, where)
 
 
 def _valid(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:  # JSON allows half of a surrogate pair, which no tokenizer accepts
         raise row_error(where, "text", "a lone surrogate (\\ud800 to \\udfff)", "Correct this record.") from None
     return text
 
 
 def _tools(given: Any, where: str) -> tuple[Any, ...] | None:
-    """The tools of a row: a list, or a list written as JSON."""
+    """The tools of a row: a list, or JSON text of one."""
     if isinstance(given, str) and given.strip():
         try:
             given = json.loads(given)
@@ -216,14 +216,14 @@ def _tools(given: Any, where: str) -> tuple[Any, ...] | None:
 
 
 def _message(given: Any, where: str) -> Mapping[str, Any]:
-    """A message with `role` and `content`, and whatever else it has that a template may read."""
+    """A message with `role` and `content`, and other keys that a template may read."""
     if not isinstance(given, Mapping):
         raise row_error(where, "an object with role and content", repr(given)[:60], "Correct this row.")
     named = given.get("role") or given.get("from")
     role = _ROLES.get(str(named).lower())
     if role is None:
         known = "a role: system, user, assistant or tool"
-        raise row_error(where, known, f"{named!r}", "Rename it, or leave this row out.")
+        raise row_error(where, known, f"{named!r}", "Rename it, or remove this row.")
     content = next((given[name] for name in ("content", "value", "text") if given.get(name) is not None), None)
     own = ("role", "from", "content", "value", "text")
     rest = {name: _bare(value) for name, value in given.items() if name not in own and value is not None}
@@ -243,7 +243,7 @@ def _content(given: Any, where: str) -> str:
         for part in parts:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise row_error(where, "parts of text", f"a part of type {kind!r}", "Leave this row out.")
+                raise row_error(where, "parts of text", f"a part of type {kind!r}", "Remove this row.")
         given = "".join(part["text"] for part in parts)
     if not isinstance(given, str | None):
         raise row_error(where, "content as text", f"a {type(given).__name__}", "Correct this row.")
@@ -251,7 +251,7 @@ def _content(given: Any, where: str) -> str:
 
 
 def _call(given: Any, where: str) -> Any:
-    """A call of a tool, with arguments as an object, as templates take them; they are often written as JSON text."""
+    """A tool call with arguments as an object, as templates expect them; they are often JSON text."""
     if not isinstance(given, Mapping):
         raise row_error(where, "tool calls as objects", repr(given)[:60], "Correct this row.")
     call = dict(given)
@@ -264,7 +264,7 @@ def _call(given: Any, where: str) -> Any:
 
 
 def _bare(value: Any) -> Any:
-    """A value without fields that are None: Parquet gives every struct the fields of all."""
+    """A value without fields that are None, because Parquet gives every struct the fields of all."""
     if isinstance(value, Mapping):
         return {name: _bare(each) for name, each in value.items() if each is not None}
     return [_bare(each) for each in value] if isinstance(value, list) else value
@@ -274,7 +274,7 @@ def _bare(value: Any) -> Any:
 class Turns:
     """Token ids around the turns of a conversation.
 
-    `opening` comes before the first user turn (with whatever system text the template puts there by itself);
+    `opening` comes before the first user turn (with the template's own system text, if any);
     `to_assistant` between a user turn and the answer; `to_user` between an answer and the next user turn; `enders` are
     the tokens that end a turn when the model writes them.
     """
@@ -286,9 +286,9 @@ class Turns:
 
 
 def learn_turns(tokenizer: Any) -> Turns | None:
-    """The form of a tokenizer's chat template, or None where it has none or it cannot be learnt.
+    """The turns of a tokenizer's chat template; None if it has none, or they cannot be learnt.
 
-    A template that refuses such a conversation, or leaves a message out of it, teaches nothing.
+    They cannot be learnt if the template refuses such a conversation, or omits a message of it.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -301,7 +301,7 @@ def learn_turns(tokenizer: Any) -> Turns | None:
     try:
         whole = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=False)
         asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template is a program of its author's, which raises what it likes
+    except Exception:  # a template may raise anything
         return None
     if any(whole.count(mark) != 1 for mark in _MARKS) or asked.count(user) != 1:
         return None
@@ -320,10 +320,10 @@ def learn_turns(tokenizer: Any) -> Turns | None:
 
 
 def render(conversation: Conversation, tokenizer: Any, *, ask: bool = False) -> str:
-    """A conversation as the tokenizer's chat template writes it.
+    """A conversation in the form of the tokenizer's chat template.
 
     Args:
-        ask: let it end where the assistant's answer begins.
+        ask: end where the assistant's answer begins.
 
     Raises:
         UserError: the template refuses it.
@@ -332,24 +332,24 @@ def render(conversation: Conversation, tokenizer: Any, *, ask: bool = False) -> 
     messages = [dict(message) for message in conversation.messages]
     try:
         text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # a template is a program of its author's, which raises what it likes
+    except Exception as error:  # a template may raise anything
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{conversation.where}: the model's chat template refuses this conversation ({said}).",
-            "Correct or leave out such rows, or give their text: FILE#column=NAME.",
+            "Correct or remove such rows, or use a text column: FILE#column=NAME.",
         ) from error
     return text
 
 
 def prompt_of(given: str | Conversation, tokenizer: Any, *, where: str = "a prompt") -> tuple[str, bool]:
-    """A question, or a conversation up to its last question, as text to be answered; and whether special tokens are
-    missing in it, because the model has no chat template.
+    """A question, or a conversation up to its last question, as a prompt; and whether it lacks special tokens, because
+    the model has no chat template.
 
     Args:
-        where: names a question in errors; a conversation knows its row.
+        where: the name of a question in errors; a conversation knows its row.
 
     Raises:
-        UserError: the template refuses it, or nobody asks anything.
+        UserError: the template refuses it, or it has no user message.
     """
     template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(given, str):
@@ -358,13 +358,13 @@ def prompt_of(given: str | Conversation, tokenizer: Any, *, where: str = "a prom
         given = Conversation(messages=({"role": "user", "content": given},), where=where, columns="")
     asked = [number for number, message in enumerate(given.messages) if message["role"] == "user"]
     if not asked:
-        raise UserError(f"{given.where}: no message is the user's.", "Leave this row out.")
+        raise UserError(f"{given.where}: there is no user message.", "Remove this row.")
     given = replace(given, messages=given.messages[: asked[-1] + 1])
     return (render(given, tokenizer, ask=True), False) if template else (f"{given.plain()}\n\nAssistant:", True)
 
 
 def up_to_answer(given: str | Conversation) -> str | Conversation:
-    """A conversation up to the last answer to a question; as it is where there is none."""
+    """A conversation up to the last answer to a question; unchanged if there is none."""
     if isinstance(given, str):
         return given
     roles = [message["role"] for message in given.messages]
@@ -373,8 +373,8 @@ def up_to_answer(given: str | Conversation) -> str | Conversation:
 
 
 def answer_of(given: str | Conversation, tokenizer: Any) -> tuple[int, ...]:
-    """The answer that ends a conversation, as tokens, with the one that ends it where the template writes one; nothing
-    where there is no answer.
+    """The tokens of the final answer of a conversation, with its end token if the template writes one; nothing without
+    an answer.
 
     Raises:
         UserError: the template refuses the conversation.
@@ -393,7 +393,7 @@ def answer_of(given: str | Conversation, tokenizer: Any) -> tuple[int, ...]:
 
 
 def answers_in(ids_NT: Tensor, turns: Turns) -> Tensor:
-    """Which tokens the assistant wrote, `[N, T]` bool: those after each of its headers, with the one that ends it."""
+    """True at the assistant's tokens, `[N, T]`: those after each of its headers, with the end token."""
     header_H = torch.tensor(turns.to_assistant)
     length, (n, width) = len(header_H), ids_NT.shape
     found_NT = torch.zeros(n, width, dtype=torch.bool)
@@ -409,7 +409,7 @@ def answers_in(ids_NT: Tensor, turns: Turns) -> Tensor:
 
 
 def rows_of_messages(ids_NT: Tensor, tokenizer: Any, turns: Turns | None) -> Iterator[dict[str, Any]]:
-    """What a model wrote itself as rows of a data set: its conversations as messages, or its documents as text."""
+    """Self-written text as rows of a data set: conversations as messages, or documents as text."""
     for ids in ids_NT.tolist():
         if turns is None:
             yield {"text": tokenizer.decode(ids, skip_special_tokens=True)}

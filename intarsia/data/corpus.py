@@ -23,7 +23,7 @@ class Corpus:
     """N sequences of T tokens.
 
     `input_ids` [N, T] int64; `mask` [N, T] bool, True at real tokens, None when all are real (padding is on the
-    right); `sha256` is over ids and mask; `documents` counts the documents that the text was taken from.
+    right); `sha256` is the hash of ids and mask; `documents` is the number of source documents.
     """
 
     input_ids: Tensor
@@ -34,13 +34,13 @@ class Corpus:
 
     @classmethod
     def of(cls, input_ids: Tensor, *, mask: Tensor | None = None, description: str, documents: int) -> Corpus:
-        """A corpus with its hash worked out."""
+        """A corpus with its computed hash."""
         input_ids = input_ids.to(torch.int64).contiguous()
         digest = hashlib.sha256(repr(tuple(input_ids.shape)).encode())
         digest.update(input_ids.numpy().astype("<i8").tobytes())
         if mask is not None:
             mask = mask.to(torch.bool).contiguous()
-            assert mask.shape == input_ids.shape, "one mask entry a token"
+            assert mask.shape == input_ids.shape, "one mask entry per token"
             assert not bool((mask[:, 1:] & ~mask[:, :-1]).any()), "padding is on the right"
             digest.update(mask.numpy().tobytes())
         return cls(
@@ -52,12 +52,12 @@ class Corpus:
 
     @property
     def seq_len(self) -> int:
-        """Tokens a sequence, with padding."""
+        """Tokens per sequence, including padding."""
         return int(self.input_ids.shape[1])
 
     @property
     def tokens(self) -> int:
-        """Real tokens."""
+        """Number of real tokens."""
         return self.input_ids.numel() if self.mask is None else int(self.mask.sum())
 
     def batches(self, n_sequences: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -86,8 +86,7 @@ class Corpus:
         assert 0.0 < fraction < 1.0
         if len(self) < 2:
             raise UserError(
-                f"corpus {self.description}: expected at least 2 sequences, so that some can be held out; "
-                f"found {len(self)}.",
+                f"corpus {self.description}: expected at least 2 sequences, to hold some out; found {len(self)}.",
                 "Give more tokens, or a smaller sequence length.",
             )
         n = min(max(round(len(self) * fraction), 1), len(self) - 1)
@@ -112,44 +111,44 @@ def tokenize(
 ) -> Corpus:
     """Pack documents into `tokens // seq_len` sequences.
 
-    Each document is tokenised whole and without special tokens; documents are joined by the EOS token. A sequence
-    begins with BOS only where the tokenizer puts one by itself.
+    Each document is tokenised as a whole, without special tokens; documents are joined by the EOS token. A sequence
+    begins with BOS only if the tokenizer adds one by default.
 
-    A conversation is written by the model's chat template, special tokens included. A sequence of conversations begins
-    with the start of one, and nothing is put between them: of the last one, what no longer fits is left out.
+    A conversation is formatted by the model's chat template, with special tokens. A sequence of conversations begins
+    with the start of one, has nothing between them, and truncates the last one.
 
     Args:
-        tokens: how many are wanted, BOS included.
-        seed: decides which sequences are taken with `shuffle`.
-        shuffle: take sequences from everywhere in the text, in random order; otherwise its head, in order.
-        description: names the text in the corpus and in messages.
-        least: how many sequences there must be, where fewer than wanted will do.
+        tokens: number of tokens, including BOS.
+        seed: of the choice of sequences with `shuffle`.
+        shuffle: take sequences from the whole text in random order; otherwise its head, in order.
+        description: the name of the text in the corpus and in messages.
+        least: least number of sequences, if fewer than requested are acceptable.
 
     Raises:
-        UserError: the text is too short (the message says how many tokens it has), or holds a token that the model
-            has no embedding of (see `limited`).
+        UserError: the text is too short (the message has its number of tokens), or holds a token without an embedding
+            in the model (see `limited`).
     """
     if seq_len < 2 or tokens < seq_len:
         raise UserError(
             f"sizes of {description}: "
-            "expected a sequence length of at least 2, and at least as many tokens as one sequence has; "
+            "expected a sequence length of at least 2, and tokens for at least one sequence; "
             f"found a sequence length of {seq_len} and {tokens} tokens.",
-            "Ask for more tokens or shorter sequences.",
+            "Give more tokens or shorter sequences.",
         )
     alone, bos = tokenizer("a")["input_ids"], [tokenizer.bos_token_id]
-    bos = bos if alone[:1] == bos else []  # it puts one before a text without being asked
+    bos = bos if alone[:1] == bos else []  # if it adds one by default
     body = seq_len - len(bos)
     wanted = tokens // seq_len
     stream, talks, count = _token_stream(documents, tokenizer, seq_len, None if shuffle else wanted * body, description)
-    give_back()  # tokenising frees many times the size of the text in small pieces
+    give_back()  # tokenising frees many small blocks, many times the size of the text
     of_text, least = stream.size // body, wanted if least is None else least
     there = of_text + len(talks)
     if there < least:
-        most = f" Pass at most {there * seq_len} tokens," if there else " Use shorter sequences,"
+        most = f" Use at most {there * seq_len} tokens," if there else " Use shorter sequences,"
         raise UserError(
             f"{description}: expected at least {least * body} tokens ({least} sequences of {seq_len}); "
             f"found {stream.size + len(talks) * seq_len} tokens.",
-            f"Pass a longer text.{most} or several sources.",
+            f"Give a longer text.{most} or several sources.",
         )
     windows = torch.from_numpy(stream[: of_text * body].reshape(of_text, body))
     if talks:
@@ -165,13 +164,13 @@ def tokenize(
 
 
 def limited(tokenizer: Any, rows: int) -> Any:
-    """A tokenizer that knows how many rows the embedding has: a text with a token beyond them is refused."""
+    """A tokenizer limited to the rows of the embedding: a text with a token beyond them is refused."""
     tokenizer.embedding_rows = rows
     return tokenizer
 
 
 def check_ids(highest: int, tokenizer: Any, description: str) -> None:
-    """Refuse a text whose highest token id is beyond the embedding of the model that the tokenizer is limited to.
+    """Refuse a text whose highest token id is beyond the rows that the tokenizer is limited to.
 
     Raises:
         UserError: it is.
@@ -179,19 +178,19 @@ def check_ids(highest: int, tokenizer: Any, description: str) -> None:
     rows = getattr(tokenizer, "embedding_rows", None)
     if rows is not None and highest >= rows:
         raise UserError(
-            f"{description} holds the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, and the "
+            f"{description} holds the token {tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}, but the "
             f"embedding has {rows} rows.",
-            "Use the tokenizer that belongs to the model, or resize its embedding.",
+            "Use the model's own tokenizer, or resize its embedding.",
         )
 
 
 def _token_stream(
     documents: Iterable[str | Conversation], tokenizer: Any, seq_len: int, enough: int | None, description: str
 ) -> tuple[np.ndarray, list[np.ndarray], int]:
-    """All tokens of the texts in a row, sequences of conversations, and the number of documents read.
+    """All tokens of the texts, sequences of conversations, and the number of documents read.
 
     Args:
-        enough: how many tokens are needed; None reads everything.
+        enough: number of tokens needed; None reads everything.
     """
     pieces: list[np.ndarray] = []
     talks: list[np.ndarray] = []
@@ -199,11 +198,12 @@ def _token_stream(
     count = size = 0
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     given, template = iter(documents), bool(getattr(tokenizer, "chat_template", None))
-    # A text file is one large document; then a batch should not read on. Small documents are quicker together.
+    # A text file is one large document, so that a batch of one avoids reading too much. Small documents are faster
+    # in batches.
     while (batch := list(islice(given, 1 if count == 0 else 256))) and (enough is None or size < enough):
         if count == 0 and isinstance(batch[0], Conversation):
-            form = "the model's chat template" if template else "names of the speakers: the model has no chat template"
-            current().say(f"{description}: conversations (column {batch[0].columns}), written with {form}")
+            form = "the model's chat template" if template else "speakers' names, without a chat template"
+            current().say(f"{description}: conversations (column {batch[0].columns}), formatted with {form}")
         texts = [
             each if isinstance(each, str) else render(each, tokenizer) if template else each.plain() for each in batch
         ]

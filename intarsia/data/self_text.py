@@ -1,6 +1,6 @@
-"""Calibration text that the model writes itself: batched sampling with a cache, conversation turns included.
+"""Self-written calibration text: batched sampling with a cache, including conversation turns.
 
-`generate` of transformers takes more than twice as long for this (dev/LOG.md), with a dynamic or a static cache.
+`generate` of transformers takes more than twice as long (dev/LOG.md), with a dynamic or a static cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from intarsia.errors import UserError
 from intarsia.progress import Task, current
 
 Choose: TypeAlias = Callable[[Tensor, int], Tensor | None]
-"""The next token of every row, from the logits `[B, V]` of its last one and the column that it goes to; None ends."""
-_FORMAT = 3  # of the cached text; raise it whenever the same settings would write something else
+"""Chooses the next token of every row, from the last logits `[B, V]` and its column; None stops."""
+_FORMAT = 3  # of the cached text; increase it when the same settings would give other text
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values in tensors of their final length; attention sees the filled part alone."""
+    """Keys and values in tensors of their final length; attention sees only the filled part."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _PreallocatedLayer(DynamicLayer):
         self.filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the new positions, and give all that are filled."""
+        """Add new positions, and return all filled ones."""
         if self.filled == 0:
             self.lazy_initialization(key_states, value_states)
             rows, heads, _, width = key_states.shape
@@ -56,25 +56,25 @@ class _PreallocatedLayer(DynamicLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How text is drawn."""
+    """The sampling parameters."""
 
-    # Of questions and documents: full, for variety.
+    # Temperature of questions and documents: high, for variety.
     temperature: float = 1.0
-    # Of answers: lower, because small models lose the thread otherwise.
+    # Temperature of answers: lower, because small models lose the thread otherwise.
     answer_temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 100
-    # Tokens of a turn; a turn is cut at its greatest length.
+    # Tokens of a turn, at least and at most.
     shortest_turn: int = 4
     longest_question: int = 96
     longest_answer: int = 384
-    # Keys and values at once; with `most_rows` it decides the rows of a batch, and so the text.
+    # Bytes of keys and values; with `most_rows` it decides the rows of a batch, and so the text.
     cache_bytes: int = 2 * 1024**3
     most_rows: int = 64
 
 
 class _Row:
-    """State of one row: whose turn it is, its length so far, and tokens that must come next."""
+    """State of one row: whose turn it is, its length so far, and pending tokens."""
 
     def __init__(self, turns: Turns | None, after_eos: tuple[int, ...], eos: int | None) -> None:
         self.turns = turns
@@ -86,7 +86,7 @@ class _Row:
         self.documents = 1
 
     def next(self, sampled: int, sampling: Sampling) -> int:
-        """The next token, given the one that was sampled."""
+        """The next token, given the sampled one."""
         if self.forced:
             return self.forced.pop(0)
         self.length += 1
@@ -104,13 +104,13 @@ class _Row:
 
 
 def write_on(model: Any, ids_BT: Tensor, done: int, choose: Choose, task: Task) -> None:
-    """Fill rows of tokens from column `done` on, a column at a time, with a cache."""
+    """Fill rows of tokens from column `done` on, one column at a time, with a cache."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     cache, length, seen = DynamicCache(config=model.config), ids_BT.shape[1], 0
     # Layers with a sliding window keep the cache of transformers.
     cache.layers = [_PreallocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    # For rows that are cut out of a longer tensor PyTorch copies the head's matrix, once for each of them.
+    # For rows sliced out of a longer tensor, PyTorch would copy the head's matrix for each of them.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     try:
         with torch.inference_mode():
@@ -142,11 +142,11 @@ def _write_batch(
     sampling: Sampling,
     task: Task,
 ) -> tuple[Tensor, int]:
-    """One batch of rows `[B, T]` of that size, and the number of documents in them."""
+    """Write one batch of rows `[B, T]`; return it with the number of documents in it."""
     n_rows, seq_len = size
     device = next(model.parameters()).device
     chance = torch.Generator().manual_seed(seed % 2**63)
-    known = model.get_output_embeddings().weight.shape[0]  # some tokenizers have marks that the model has no logits of
+    known = model.get_output_embeddings().weight.shape[0]  # some tokenizers have special tokens without logits
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
     eos, bos = (each if each is not None and each < known else None for each in ends)
     enders = sorted(each for each in turns.enders if each < known) if turns else [] if eos is None else [eos]
@@ -180,9 +180,9 @@ def _write_batch(
 
 
 def _mask(model: Any, device: torch.device, seen: int, done: int) -> Tensor | None:
-    """None, or one that masks nothing: on the CPU it makes `transformers` choose a faster kernel.
+    """None, or a mask that masks nothing, which makes `transformers` choose a faster kernel on the CPU.
 
-    Without a mask, grouped-query attention of a single query goes to a kernel that is several times as slow in
+    Without a mask, grouped-query attention of a single query uses a kernel that is several times as slow in
     bfloat16 as the one for equal heads.
     """
     heads = model.config.num_attention_heads
@@ -195,13 +195,12 @@ def _mask(model: Any, device: torch.device, seen: int, done: int) -> Tensor | No
 
 
 def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampling: Sampling) -> list[int]:
-    """One token a row: top-k, then top-p of what that leaves, by inversion of the summed probabilities."""
-    top_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1)  # a NaN counts as the greatest
+    """One token per row: top-k, then top-p of the rest, by inversion of the cumulative probabilities."""
+    top_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1)  # NaN sorts as the greatest
     if not bool(top_BK[:, 0].isfinite().all()):
         raise UserError(
-            "calibration text self: the logits of the model that writes: expected finite numbers; "
-            "found NaN or infinity.",
-            "Check the model's weights, and use bfloat16 or float32 if it was run in float16.",
+            "calibration text self: logits of the model: expected finite numbers; found NaN or infinity.",
+            "Check the model's weights, and use bfloat16 or float32 if the dtype was float16.",
         )
     heat_B = torch.where(answering_B, sampling.answer_temperature, sampling.temperature)
     p_BK = (top_BK.float() / heat_B[:, None]).softmax(-1)
@@ -217,7 +216,7 @@ def _draw(logits_BV: Tensor, answering_B: Tensor, chance: torch.Generator, sampl
 
 
 def rows_at_once(model: Any, seq_len: int, sampling: Sampling) -> int:
-    """Rows of a batch, by their keys and values."""
+    """The number of rows in a batch, by the size of their keys and values."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -239,9 +238,9 @@ def self_corpus(
     """Write sequences with a model.
 
     Args:
-        model: a causal language model of `transformers`, or a function that loads it, called only when the text
-            is not cached.
-        cache_key: identifies the model's weights (their hash); None: nothing is cached.
+        model: a causal language model of `transformers`, or a function that loads it, called only if the text is not
+            cached.
+        cache_key: the hash of the model's weights; None disables the cache.
 
     Raises:
         UserError: the model's logits are not finite, or the chat template holds a token beyond the embedding.
@@ -283,7 +282,7 @@ def _read(path: Path, shape: tuple[int, int]) -> tuple[Tensor, int] | None:
             ids_NT = file.get_tensor("input_ids").to(torch.int64)
             documents = int(file.metadata()["documents"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None  # not there, or damaged: it is written again
+        return None  # missing or damaged: write it again
     return (ids_NT, documents) if tuple(ids_NT.shape) == shape else None
 
 
@@ -291,7 +290,7 @@ def _keep(path: Path, ids_NT: Tensor, documents: int) -> None:
     from safetensors.torch import save
 
     data = save({"input_ids": ids_NT.to(torch.int32)}, metadata={"documents": str(documents)})
-    with suppress(OSError, UserError):  # a cache that cannot be written is no reason to lose the text
+    with suppress(OSError, UserError):  # the text is good even if the cache cannot be written
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
             temporary.write_bytes(data)

@@ -1,7 +1,7 @@
-"""Text sources: what names a text, and the reader of each kind (text, JSON lines, Parquet, folders, data sets).
+"""Text sources: their names, and readers for each kind (text, JSON lines, Parquet, folders, data sets).
 
-A reader gives texts, or conversations where the rows hold those. Compressed files, JSON arrays, and UTF-16 and UTF-32
-with a byte-order mark are turned into a temporary file of plain UTF-8 first.
+A reader yields texts, or conversations for rows of messages. Compressed files, JSON arrays, and UTF-16 and UTF-32 with
+a byte-order mark are first converted to a temporary file of plain UTF-8.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_UNPACK = "Unpack it, and pass the folder."
+_UNPACK = "Unpack it, and give the folder."
 _EXTRACT = "Extract its text to a .txt file."
-_COLUMN = 'Write its text column as JSON lines: one {"text": ...} a line.'
+_COLUMN = 'Write its text column as JSON lines: one {"text": ...} per line.'
 _REMEDIES = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _UNPACK),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html"), _EXTRACT),
@@ -71,12 +71,12 @@ Rows: TypeAlias = Iterable[tuple[str, dict[str, Any]]]
 _MOST_READ = 16 * 1024 * 1024  # bytes of one source that are tokenised (a few seconds), unless more is needed
 _BYTES_A_TOKEN = 32  # generous
 _BLOCK = 256 * 1024  # bytes of one sampled stretch of a large file
-_LONGEST_LINE = 64 * 1024  # bytes of running text that are searched for a line end
-_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or pass a local text file, or `self`."
+_LONGEST_LINE = 64 * 1024  # bytes of running text to search for a line end
+_HUB_REMEDY = "Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or give a local text file, or `self`."
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a file is by its name, apart from compression; None if it is no text that can be read."""
+    """The kind of a file by its name, apart from compression; None if it is not readable text."""
     suffix, compressed = path.suffix.lower(), False
     if suffix in (name for name, _ in _COMPRESSED.values()):
         suffix, compressed = Path(path.stem).suffix.lower(), True
@@ -85,7 +85,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def files_in(folder: Path) -> tuple[list[Path], int]:
-    """The text files below a folder in the order of their names, and how many other files there are."""
+    """The text files below a folder in the order of names, and the number of other files."""
     found: list[Path] = []
     others = 0
     for inner, folders, names in os.walk(folder):
@@ -99,7 +99,7 @@ def files_in(folder: Path) -> tuple[list[Path], int]:
 
 
 def open_plain(path: Path, *, where: str) -> BinaryIO:
-    """A file of text or JSON as UTF-8: running text, or one JSON record a line.
+    """Open a file of text or JSON as UTF-8: running text, or one JSON record per line.
 
     Raises:
         UserError: it is a file of another kind, in no known encoding, or damaged.
@@ -129,12 +129,12 @@ def open_plain(path: Path, *, where: str) -> BinaryIO:
             return _records_of(plain, where) if array else plain
         except UnicodeError as error:
             raise row_error(
-                where, f"text in {encoding}, as its byte-order mark says", str(error), "Save it again."
+                where, f"text in {encoding}, by its byte-order mark", str(error), "Save it again."
             ) from None
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
+            if isinstance(error, OSError) and error.errno is not None:  # an error of the disk, not of the content
                 raise
-            raise row_error(where, "a whole compressed file", str(error), "Get this file again.") from None
+            raise row_error(where, "a complete compressed file", str(error), "Download this file again.") from None
 
 
 def _head(stream: BinaryIO, size: int) -> bytes:
@@ -152,20 +152,20 @@ def _refuse_binary(head: bytes, path: Path, where: str) -> None:
         raise row_error(
             where,
             "UTF-8 text",
-            "bytes of zero: UTF-16 without a byte-order mark, or no text",
+            "zero bytes: UTF-16 without a byte-order mark, or not text",
             f"If it is UTF-16, convert it: iconv -f UTF-16{order} -t UTF-8 {path.name}.",
         )
 
 
 def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
-    """A JSON file as one record a line: an array, an object with one array, one record, or JSON lines already."""
+    """A JSON file as one record per line: an array, an object with one array, one record, or JSON lines already."""
     plain.seek(0)
     data = plain.read()
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         if data.lstrip().startswith(b"{") and b"\n" in data.strip():
-            return plain  # JSON lines under another name; the reader names the line if one is wrong
+            return plain  # JSON lines under another name; the reader reports wrong lines
         raise row_error(where, "a JSON array of records, or JSON lines", str(error), "Correct the file.") from None
     if isinstance(value, dict) and not any(name in value for name in ("messages", "conversations")):
         arrays = [each for each in value.values() if isinstance(each, list)]
@@ -183,7 +183,7 @@ def _records_of(plain: BinaryIO, where: str) -> BinaryIO:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A parsed spec. `share` is the part of a file that is read; a hub source has `dataset`, `config` and `split`."""
+    """A parsed spec. `share` is the part of a file to read; a hub source has `dataset`, `config` and `split`."""
 
     spec: str
     kind: Kind
@@ -196,7 +196,7 @@ class Source:
 
 
 def parse(spec: str) -> Source:
-    """A spec taken apart.
+    """Parse a spec.
 
     Raises:
         UserError: the spec has no known form, or the file does not exist.
@@ -210,7 +210,7 @@ def parse(spec: str) -> Source:
         found = f"the suffix {path.suffix!r}" if path.suffix else repr(spec)
         raise row_error(spec, ACCEPTED, found, _REMEDIES.get(path.suffix.lower(), f"Pass {ACCEPTED}."))
     if not path.exists():
-        raise row_error(spec, "an existing file", "nothing there", "Check the path.")
+        raise row_error(spec, "an existing file", "none", "Check the path.")
     share, column = (0.0, 1.0), None
     for option in filter(None, options.split("&")):
         if option.startswith("column="):
@@ -226,7 +226,7 @@ def parse_share(text: str, *, where: str) -> tuple[float, float]:
     """`0:0.9` as two numbers.
 
     Raises:
-        UserError: not two rising numbers in 0..1.
+        UserError: they are not two ascending numbers in 0..1.
     """
     try:
         start, end = (float(number) for number in text.split(":"))
@@ -254,7 +254,7 @@ Reader: TypeAlias = Callable[[Source, int | None, int | None], Iterator[Document
 
 
 def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[tuple[int, bytes]]:
-    """Stretches of a file from line start to line end, each with its byte offset."""
+    """Stretches of whole lines of a file, each with its byte offset."""
     with open_plain(source.path, where=source.spec) as file:
         size = file.seek(0, os.SEEK_END)
 
@@ -262,7 +262,7 @@ def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[
             if at <= 0 or at >= size:
                 return min(max(at, 0), size)
             file.seek(at)
-            # A record must be whole; running text without line ends may be cut at any character.
+            # A record must be whole; running text without line ends may be split at any character.
             line = file.readline(_LONGEST_LINE if source.kind == "text" else -1)
             if not line.endswith(b"\n"):
                 head = file.read(3)  # a character of UTF-8 has at most 3 further bytes
@@ -276,7 +276,8 @@ def _stretches(source: Source, limit: int | None, seed: int | None) -> Iterator[
         elif seed is None:
             wanted = [(start, min(line_start(start + limit), end))]
         else:
-            # One stretch at a random place of each of many equal strata: spread over the whole file, no overlaps.
+            # One stretch at a random place in each of many equal strata, so that they spread over the file without
+            # overlap.
             count = max(1, limit // _BLOCK)
             stratum = (end - start) // count
             chance = random.Random(seed)
@@ -300,9 +301,9 @@ def _decode(source: Source, offset: int, data: bytes) -> str:
             source.spec,
             "UTF-8 text",
             f"byte 0x{data[error.start]:02x} at offset {at}, which is not UTF-8",
-            f"Convert the file: iconv -f LATIN1 -t UTF-8 {source.path.name} (put its real encoding for LATIN1).",
+            f"Convert the file: iconv -f LATIN1 -t UTF-8 {source.path.name} (replace LATIN1 by its encoding).",
         ) from None
-    # Line breaks as in Python's text mode; carriage returns are not what a model was trained on.
+    # Line breaks as in Python's text mode; models were not trained on carriage returns.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.removeprefix("\ufeff") if offset == 0 else text
 
@@ -325,7 +326,7 @@ def _json_rows(source: Source, limit: int | None, seed: int | None) -> Rows:
 def _documents_of(
     source: Source, rows: Rows, *, columns: Columns | None = None, limit: int | None = None
 ) -> Iterator[Document]:
-    """Rows as texts or conversations, up to about `limit` bytes; columns that are not given are found in the first."""
+    """Rows as texts or conversations, up to about `limit` bytes; missing columns are detected in the first row."""
     given, empty = 0, True
     for where, record in rows:
         if columns is None:
@@ -343,12 +344,12 @@ def _documents_of(
 
 
 def _read_folder(source: Source, limit: int | None, seed: int | None) -> Iterator[Document]:
-    """Every text file below a folder, in the order of their names, each by its share of the bytes."""
+    """All text files below a folder in the order of names, each by its share of the bytes."""
     files, others = files_in(source.path)
     if not files:
         raise row_error(source.spec, "a folder with text files", f"none ({others} of other kinds)", "Check the path.")
     if others:
-        current().say(f"{source.path}: {len(files)} text files; {others} files of other kinds are left out")
+        current().say(f"{source.path}: {len(files)} text files, ignoring {others} files of other kinds")
     total = max(1, sum(file.stat().st_size for file in files))
     for file in files:
         part = None if limit is None else max(1, limit * file.stat().st_size // total)
@@ -392,7 +393,7 @@ def _parquet_rows(file: Any, source: Source, columns: Columns, limit: int | None
 
 
 def _kind(found: Any) -> str:
-    """What a Parquet column of this type holds, as `Columns` says it."""
+    """The kind of a Parquet column of this type, in the words of `Columns`."""
     import pyarrow as pa
 
     if found in (pa.string(), pa.large_string()):
@@ -412,10 +413,10 @@ def _hub_rows(source: Source, seed: int | None) -> Rows:
         for number, record in enumerate(data):
             yield f"{source.spec}, row {number}", record
     except Exception as error:
-        # An unknown name, a gated one and a network that is down come in errors of `datasets`, of the hub's library
-        # and of whatever HTTP client that one uses in its present version; so all of them are taken.
+        # Unknown or gated names and network failures raise errors of `datasets`, of the hub's client and of its HTTP
+        # library, which differ between versions; so catch all.
         found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise row_error(source.spec, "a data set that can be read", found, _HUB_REMEDY) from error
+        raise row_error(source.spec, "a readable data set", found, _HUB_REMEDY) from error
 
 
 READERS: Mapping[Kind, Reader] = {
@@ -433,16 +434,16 @@ def bytes_for(tokens: int) -> int:
 
 
 def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = None) -> Iterator[Document]:
-    """The texts or conversations of a source, in its order; those without any text are left out.
+    """The texts or conversations of a source, in order, without empty ones.
 
     Args:
         spec: see `intarsia.data.sources`.
-        limit_bytes: about how much is read of a source that is larger; None reads everything.
-        seed: where there is a limit, sample across the source instead of reading its head. A hub data set is then
-            read in an order shuffled by shards and through a buffer.
+        limit_bytes: about how much to read of a larger source; None reads everything.
+        seed: with a limit, sample across the source instead of reading its head. A hub data set is then shuffled by
+            shards and through a buffer.
 
     Raises:
-        UserError: whatever is wrong with the source, when it is reached.
+        UserError: the source cannot be used; raised when the problem is reached.
     """
     source = parse(spec)
     found = False
@@ -451,4 +452,4 @@ def documents(spec: str, *, limit_bytes: int | None = None, seed: int | None = N
             found = True
             yield document
     if not found:
-        raise row_error(spec, "text", "none (empty, or nothing but white space)", "Pass a source that holds text.")
+        raise row_error(spec, "text", "none (empty, or only white space)", "Give a source with text.")

@@ -22,9 +22,9 @@ _SHARE = 8  # selection and test have 1/8 of the calibration's size each
 
 
 class TextParts:
-    """One draw of text. No sequence is in two parts; what the model writes is written when a part is asked for.
+    """One draw of text. No sequence is in two parts; self-written text is written when a part is requested.
 
-    The sequences of several sources alternate, so that every stretch holds equal parts of each.
+    The sequences of several sources alternate, so that every stretch has equal parts of each.
     """
 
     def __init__(self, names: Sequence[str], sources: Sequence[_Source], n: int) -> None:
@@ -37,26 +37,26 @@ class TextParts:
 
     @cached_property
     def calibration(self) -> Corpus:
-        """What is measured and fitted on: the wanted number of tokens."""
+        """The text for measuring and fitting: the wanted number of tokens."""
         corpus = self._part(0, self._calibration, ", ".join(self._names))
         assert corpus is not None
         return corpus
 
     @cached_property
     def test(self) -> Corpus | None:
-        """What the result is evaluated on, an eighth of the calibration's size; None where the text has no more."""
+        """The text for evaluating the result, an eighth of the calibration's size; None if no text is left."""
         itself = list(self._names) == [SELF]
         name = "further text that the model wrote itself" if itself else f"held-out part of {', '.join(self._names)}"
         return self._part(self._calibration, self._test, name)
 
     @cached_property
     def selection(self) -> Corpus | None:
-        """What candidates and fits are accepted by, as large as the test part; None where the text has no more."""
+        """The text for accepting candidates and fits, as large as the test part; None if no text is left."""
         return self._part(self._test, self._selection, f"selection part of {', '.join(self._names)}")
 
     @property
     def written(self) -> Corpus | None:
-        """All that the model wrote, of every part; None before it has."""
+        """The self-written text of all parts; None before it is written."""
         return next((each.corpus for each in self._sources if each.is_written), None)
 
     def _part(self, start: int, end: int, description: str) -> Corpus | None:
@@ -73,7 +73,7 @@ class TextParts:
 
 
 class _Source:
-    """Token sequences of a file or data set, or those that the model writes, all at once, when they are asked for."""
+    """Token sequences of a file or data set, or self-written ones, written all at once when they are requested."""
 
     def __init__(self, n: int, corpus: Corpus | None = None, write: Callable[[], Corpus] | None = None) -> None:
         self._n, self.corpus, self._write = n, corpus, write
@@ -84,11 +84,11 @@ class _Source:
 
     @property
     def documents(self) -> int:
-        """What the sequences were taken from, as far as it is known."""
+        """The number of documents of the sequences, as far as it is known."""
         return 0 if self.corpus is None else self.corpus.documents
 
     def sequences(self, start: int, end: int) -> Tensor:
-        """Some of them."""
+        """The sequences from `start` to `end`."""
         if start >= end:
             return torch.empty(0, 0, dtype=torch.int64)
         if self.corpus is None:
@@ -102,26 +102,26 @@ def draw(
 ) -> TextParts:
     """Draw the text of a job.
 
-    Of files, a draw of more tokens has the same sequences first, up to half a million tokens a source (after that,
-    another part of a large file may be read). Text that a model writes has no such order.
+    A larger draw from files starts with the same sequences, up to half a million tokens per source (beyond that,
+    another part of a large file may be read). This does not hold for self-written text.
 
     Args:
-        writer: gives the model that writes, for `self`; only called when the text is not cached.
-        writer_key: identifies that model's weights (their hash); without it nothing is cached.
+        writer: loads the model that writes `self`; only called if the text is not cached.
+        writer_key: the hash of that model's weights; None disables the cache.
 
     Raises:
-        UserError: something is wrong with a source, or the sources are too short.
+        UserError: a source cannot be used, or the sources are too short.
     """
     names, n = _names(text.sources), text.length // text.seq_len
     check(
         (
             n >= len(names),
             f"The calibration text has {n} sequences of {text.seq_len} tokens, fewer than its {len(names)} sources.",
-            "Ask for more tokens, shorter sequences, or fewer sources.",
+            "Give more tokens, shorter sequences, or fewer sources.",
         ),
         (
             writer is not None or SELF not in names,
-            "The calibration text is `self`, and there is no model that writes it.",
+            "The calibration text is `self`, but there is no model to write it.",
             "Give a text file.",
         ),
     )
@@ -145,7 +145,7 @@ def draw(
         return _Source(len(corpus), corpus)
 
     total, sources = n + 2 * max(1, n // _SHARE), []
-    read_now = 1.0 - names.count(SELF) / len(names)  # the model writes when a part is asked for
+    read_now = 1.0 - names.count(SELF) / len(names)  # the model writes when a part is requested
     with progress.current().task("calibration text", total=len(names), units=read_now) as task:
         for i, name in enumerate(names):
             task.note(name)
@@ -155,20 +155,20 @@ def draw(
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """The sources one by one: each entry is a file or folder, or names with commas between."""
+    """The sources one by one: each entry is a file or folder, or several comma-separated names."""
     names = [
         name.strip() for entry in sources for name in ([entry] if entry and Path(entry).exists() else entry.split(","))
     ]
     check(
         (
             bool(names) and all(names),
-            f"The calibration text {', '.join(sources)!r} names a source that is empty.",
+            f"The calibration text {', '.join(sources)!r} has an empty source.",
             "Give a text file, hub:DATASET[/CONFIG]:SPLIT[:COLUMN], or self.",
         ),
         (
             len(set(names)) == len(names),
-            f"The calibration text {', '.join(names)} names a source twice.",
-            "Name each once.",
+            f"The calibration text {', '.join(names)} has a source twice.",
+            "Give each once.",
         ),
     )
     return names

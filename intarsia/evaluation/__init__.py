@@ -1,1 +1,1 @@
-"""How good a model is: scores with their uncertainty, settings and hashes."""
+"""Evaluation: scores of models with their uncertainty, settings and hashes."""

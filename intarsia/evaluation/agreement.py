@@ -1,15 +1,14 @@
 """Agreement of a model with the original: next tokens along the original's answers, and the model's own answers.
 
     reference = Reference.of(original, tokenizer, prompts, answer_tokens=64)
-    followed = reference.follow(model)           # one pass along the original's answers, and its own answers
-    found = reference.score(followed, original)  # with the original's loss on these
+    followed = reference.follow(model)           # a pass along the original's answers; own answers
+    found = reference.score(followed, original)  # with the original's loss on the own answers
 
-Answers are greedy. The original's next token is the likeliest by its own pass along its answers, so that the agreement
-of a model with itself is 1. An answer loops when it has not ended and its last tokens are one passage three times in a
-row.
+Answers are greedy. The original's next tokens are those of its own pass along its answers, so that a model agrees with
+itself to 1. An answer loops if it has no end and its last tokens repeat one passage three times.
 
-A streamed model (a `Chain`) writes nothing, because every token would read all layers: the prompts come with answers,
-and each model makes one pass along them.
+A streamed model (a `Chain`) generates nothing, because every token would read all layers: the prompts need answers, and
+each model makes one pass along them.
 
 Shape suffixes: `T` tokens of an answer, `V` vocabulary, `P` prompts.
 """
@@ -49,10 +48,10 @@ _LEAST_AGREEMENT, _MOST_LOOPS = 0.6, 0.25
 class Followed:
     """A model's next tokens along the original's answers, and its own answers."""
 
-    # For each prompt: tokens that agree, and the summed KL.
+    # For each prompt: the number of agreeing tokens, and the summed KL.
     agree_P: Tensor
     kl_P: Tensor
-    # None of a model that writes none.
+    # None for a model that does not generate.
     answers: tuple[Ids, ...] | None
 
 
@@ -62,7 +61,7 @@ class Reference:
 
     prompts: Prompts
     answers: tuple[Ids, ...]
-    # The next tokens along each of them.
+    # The next tokens along each answer.
     likeliest: tuple[Likeliest, ...]
     # The original's summed loss on its own answers, for each prompt.
     loss_P: Tensor
@@ -71,7 +70,7 @@ class Reference:
 
     @classmethod
     def of(cls, original: Any, tokenizer: Any, prompts: Prompts, *, answer_tokens: int) -> Reference:
-        """Let the original answer, unless answers are given, and run it once along them."""
+        """Generate the original's answers, unless they are given, and run it once along them."""
         answers = prompts.given or greedy_answers(original, tokenizer, prompts, answer_tokens)
         kept, loss_P = dict[int, Likeliest](), torch.zeros(len(answers), dtype=torch.float64)
 
@@ -90,20 +89,20 @@ class Reference:
         )
 
     def itself(self) -> Agreement:
-        """The original's row of a table: agreement 1, and measures of its own answers."""
+        """The original's row in a table: agreement 1, and measures of its own answers."""
         counts_P = _counts(self.answers)
         answers = self.answers if self.prompts.given is None else None
         whole = Followed(agree_P=counts_P, kl_P=torch.zeros_like(counts_P), answers=answers)
         return self._result(whole, self.loss_P)
 
     def follow(self, model: Any) -> Followed:
-        """One pass of a model along the original's answers, and its own answers to the same prompts."""
+        """Run a model along the original's answers, and generate its own answers to the same prompts."""
         agree_P, kl_P = torch.zeros(len(self.answers), dtype=torch.float64), torch.zeros_like(self.loss_P)
 
         def take(number: int, logits_TV: Tensor) -> None:
             theirs = self.likeliest[number]
             next_T1 = theirs.tokens[:, :1].to(logits_TV.device).long()
-            same_T = logits_TV.gather(1, next_T1)[:, 0] >= logits_TV.amax(-1)  # of equal ones any may come first
+            same_T = logits_TV.gather(1, next_T1)[:, 0] >= logits_TV.amax(-1)  # ties count as agreement
             kl_T = theirs.divergence(logits_TV).cpu().double()
             require_finite(kl_T, "A next-token probability")
             agree_P[number], kl_P[number] = int(same_T.sum()), kl_T.sum()
@@ -115,10 +114,10 @@ class Reference:
         return Followed(agree_P=agree_P, kl_P=kl_P, answers=answers)
 
     def score(self, followed: Followed, original: Any) -> Agreement:
-        """The measures of a model, with the original's perplexity of its answers.
+        """The measures of a model, including the original's perplexity on its answers.
 
         Args:
-            original: not needed where the model has written none.
+            original: not needed if the model generated none.
         """
         answers, loss_P = followed.answers, torch.zeros(len(self.answers), dtype=torch.float64)
         if answers is not None:
@@ -133,7 +132,7 @@ class Reference:
         """The measures of a model.
 
         Args:
-            loss_P: of the original on each of the model's own answers.
+            loss_P: the original's loss on each of the model's own answers.
         """
         counts_P = _counts(self.answers)
         own: dict[str, Metric | None] = {"loops": None, "length": None, "perplexity": None}
@@ -162,10 +161,10 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The prompts that models answer, as far as they are known before the original is loaded."""
+    """The request for prompts and answers, before the original is loaded."""
 
     tokenizer: Any
-    # Those of a file; None where the original writes them.
+    # Those of a file; None if the original writes them.
     prompts: Prompts | None
     answers: int
     answer_tokens: int
@@ -174,11 +173,11 @@ class Asked:
 
     @classmethod
     def of(cls, spec: AnswerSpec, tokenizer: Any, *configs: Mapping[str, Any], stream: bool = False) -> Asked | None:
-        """What is asked for; None without prompts.
+        """Read the options; None without prompts.
 
         Args:
-            configs: of the models that answer; the smallest number of positions is the limit.
-            stream: models are streamed and write nothing, so that answers must be given too.
+            configs: of the answering models; the smallest number of positions is the limit.
+            stream: models are streamed and do not generate, so that answers are needed too.
 
         Raises:
             UserError: the file of prompts cannot be used.
@@ -186,10 +185,12 @@ class Asked:
         if not spec.answers:
             return None
         if stream and spec.prompts is None:
-            current().say("agreement is not measured: a streamed model writes no answers; give some as --prompts FILE")
+            current().say(
+                "agreement is not measured: streamed models do not generate; give answers with --prompts FILE"
+            )
             return None
         if stream:
-            current().say(f"agreement is along the answers in {spec.prompts}: streamed models write none of their own")
+            current().say(f"agreement uses the answers in {spec.prompts}, because streamed models do not generate")
         known = [config.get("max_position_embeddings") for config in configs]
         positions = min((count for count in known if isinstance(count, int)), default=None)
         tokens = spec.answer_tokens if positions is None else max(2, min(spec.answer_tokens, positions // 2))
@@ -202,27 +203,27 @@ class Asked:
         return cls(tokenizer=tokenizer, prompts=prompts, answers=spec.answers, answer_tokens=tokens, longest=longest)
 
     def answered(self, original: Any, *, seed: int, key: str | None) -> Reference:
-        """The original's answers; first it writes the prompts, where no file has them.
+        """The original's answers to the prompts of a file, or to prompts that it writes itself.
 
         Args:
-            key: the hash of its weights, under which prompts are kept; None keeps nothing.
+            key: the hash of its weights, to cache prompts; None disables the cache.
         """
         prompts = self.ready(original, seed=seed, key=key)
         return Reference.of(original, self.tokenizer, prompts, answer_tokens=self.answer_tokens)
 
     def ready(self, original: Any, *, seed: int, key: str | None) -> Prompts:
-        """The prompts alone, written by the original where no file has them."""
+        """The prompts, from a file or written by the original."""
         return self.prompts or Prompts.written(
             original, self.tokenizer, n=self.answers, seed=seed, longest=self.longest, key=key
         )
 
 
 def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """One sentence where perplexity or accuracy is well kept and agreement is not; else None.
+    """A warning if perplexity or accuracy is good and agreement is not; else None.
 
     Args:
-        before: measures of the original: those of `Agreement.measures`, and `perplexity` or `accuracy` or both.
-        after: of the new model.
+        before: measures of the original: those of `Agreement.measures`, and `perplexity`, `accuracy` or both.
+        after: measures of the new model.
     """
 
     def number(measures: Mapping[str, Any], key: str) -> float | None:
@@ -250,7 +251,7 @@ def doubt(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
 
 
 def _along(model: Any, prompts: Prompts, answers: Sequence[Ids], take: Callable[[int, Tensor], None]) -> None:
-    """One pass of a model along answers; `take` gets the number of each, and the logits that predict it `[T, V]`."""
+    """Run a model along answers; `take` gets the number of each, and the logits `[T, V]` that predict it."""
     pairs = list(zip(prompts.ids, answers, strict=True))
     if isinstance(model, Chain):
         rows = [(*prompt, *answer[:-1]) for prompt, answer in pairs]
@@ -279,6 +280,6 @@ def _counts(answers: Sequence[Ids]) -> Tensor:
 
 
 def _ratio(sums_P: Tensor, counts_P: Tensor) -> Metric:
-    """A mean over tokens, with the standard error that prompts as independent draws give; None of a single one."""
+    """A mean over tokens, with its standard error over prompts; None for a single prompt."""
     value = float(sums_P.sum() / counts_P.sum())
     return Metric(value=value, stderr=ratio_stderr(sums_P, counts_P, value) if len(sums_P) > 1 else None)

@@ -1,6 +1,6 @@
-"""Prompts that models answer, their greedy answers, whether these loop, and two of them side by side.
+"""Prompts, greedy answers, loops in them, and two answers side by side.
 
-Prompts are questions of a file, or what a model writes itself, as its chat template writes them.
+Prompts are questions of a file, or text that a model writes itself, in its chat template.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from intarsia.data.sources import documents, parse
 from intarsia.errors import check
 from intarsia.progress import current
 
-_PROMPT = 32  # tokens of a prompt, where the model writes running text
-_QUESTION = 64  # most tokens of a question that the model writes
-_SEED = 7919  # apart from the calibration text's
+_PROMPT = 32  # tokens of a prompt, if the model writes running text
+_QUESTION = 64  # most tokens of a question written by the model
+_SEED = 7919  # different from the calibration text's
 
 Ids: TypeAlias = tuple[int, ...]
 _REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least 12 tokens
@@ -31,15 +31,15 @@ _REPEATS, _LEAST = 3, 12  # a loop has a passage three times, in at least 12 tok
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts as tokens, ready to be answered."""
+    """Prompts as tokens."""
 
     ids: tuple[Ids, ...]
-    # For a person: the questions alone.
+    # The questions, for display.
     texts: tuple[str, ...]
     # Tokens that end an answer.
     enders: frozenset[int]
     source: str
-    # Answers that came with them; None where models write the answers.
+    # Given answers; None if models generate them.
     given: tuple[Ids, ...] | None = None
 
     @property
@@ -50,7 +50,7 @@ class Prompts:
 
     @classmethod
     def of(cls, given: Iterable[str | Conversation], tokenizer: Any, *, source: str) -> Prompts:
-        """Questions, or conversations up to their last question, as the model's chat template writes them."""
+        """Questions, or conversations up to their last question, in the model's chat template."""
         known = list(given)
         places = [f"Prompt {number} of {source}" for number in range(1, len(known) + 1)]
         written = [prompt_of(each, tokenizer, where=place) for each, place in zip(known, places, strict=True)]
@@ -65,15 +65,15 @@ class Prompts:
     def read(
         cls, spec: str, tokenizer: Any, *, n: int, answer_tokens: int, positions: int | None, given: bool = False
     ) -> Prompts:
-        """The first prompts of a file: a .txt has one a line; of a conversation, all before the last answer.
+        """The first prompts of a file: one per line of a .txt; of a conversation, all before the last answer.
 
         Args:
-            positions: of the model; None where it has no limit.
-            given: take the answers of the file too, up to `answer_tokens` of each.
+            positions: of the model; None for no limit.
+            given: also take the answers of the file, up to `answer_tokens` of each.
 
         Raises:
-            UserError: the file cannot be read, a prompt with its answer is too long for the model, or a prompt has no
-                answer where answers are to be given.
+            UserError: the file cannot be read, a prompt with its answer is too long for the model, or a needed answer
+                is missing.
         """
         rows = [up_to_answer(row) if given else row for row in islice(_lines(spec), n)]
         found = cls.of(rows, tokenizer, source=spec)
@@ -83,16 +83,16 @@ class Prompts:
         for number, each in enumerate(found.ids, start=1):
             check_ids(max(each, default=0), tokenizer, f"Prompt {number} of {spec}")
             check(
-                (bool(each), f"Prompt {number} of {spec} has no token.", "Leave it out."),
+                (bool(each), f"Prompt {number} of {spec} has no tokens.", "Remove it."),
                 (
                     found.given is None or bool(found.given[number - 1]),
-                    f"Prompt {number} of {spec} has no answer, and a streamed model does not write one.",
+                    f"Prompt {number} of {spec} has no answer, and streamed models do not generate.",
                     "Give conversations with the original's answers, or leave --stream out.",
                 ),
                 (
                     positions is None or len(each) + answer_tokens <= positions,
-                    f"Prompt {number} of {spec} has {len(each)} tokens and an answer up to {answer_tokens}; the model "
-                    f"has {positions} positions.",
+                    f"Prompt {number} of {spec} has {len(each)} tokens, and its answer up to {answer_tokens}; the "
+                    f"model has {positions} positions.",
                     "Shorten it, or give fewer --answer-tokens.",
                 ),
             )
@@ -100,13 +100,12 @@ class Prompts:
 
     @classmethod
     def written(cls, model: Any, tokenizer: Any, *, n: int, seed: int, longest: int, key: str | None) -> Prompts:
-        """Prompts that a model writes: questions of a user, or the first tokens of texts where it has no chat
-        template.
+        """Prompts written by a model: questions of a user, or without a chat template the first tokens of texts.
 
         Args:
-            model: or a function that loads it.
+            model: the model, or a function that loads it.
             longest: most tokens of a prompt.
-            key: the hash of its weights, under which they are kept; None keeps nothing.
+            key: the hash of its weights, to cache the prompts; None disables the cache.
         """
         turns = learn_turns(tokenizer)
         around = 0 if turns is None else len(turns.opening) + len(turns.to_assistant)
@@ -150,15 +149,15 @@ def _lines(spec: str) -> Iterator[str | Conversation]:
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: Prompts, answer_tokens: int) -> tuple[Ids, ...]:
-    """A model's likeliest answers, each with the token that ends it, or cut at its greatest length.
+    """A model's greedy answers, each with its end token, or truncated to the greatest length.
 
-    Prompts of similar length are answered side by side: in a row whose prompt is not over, its tokens come next.
+    Prompts of similar length are answered side by side; longer prompts are completed before they are answered.
     """
     known, found = prompts.ids, dict[int, Ids]()
     order = sorted(range(len(known)), key=lambda number: len(known[number]))
     longest = max(map(len, known)) + answer_tokens
     size = rows_at_once(model, longest, Sampling())
-    forced = max(map(len, known)) - min(map(len, known))  # at most: rows wait for the longest prompt among them
+    forced = max(map(len, known)) - min(map(len, known))  # at most, because rows wait for the longest prompt
     with current().task("answers", total=len(known) * (answer_tokens + forced)) as task:
         for start in range(0, len(order), size):
             batch = [known[number] for number in order[start : start + size]]
@@ -198,7 +197,7 @@ def _greedy(
 
 
 def loops(answer: Ids, enders: frozenset[int]) -> bool:
-    """Whether an answer ends in repeating itself: it has not ended, and its last tokens are one passage three times."""
+    """Whether an answer ends in a loop: it has no end token, and its last tokens repeat one passage three times."""
     if not answer or answer[-1] in enders:
         return False
     for period in range(1, len(answer) // _REPEATS + 1):
@@ -209,7 +208,7 @@ def loops(answer: Ids, enders: frozenset[int]) -> bool:
 
 
 def side_by_side(tokenizer: Any, original: Ids, answer: Ids) -> dict[str, Any]:
-    """Two answers, each as the text that they share, the first token that differs, and the rest."""
+    """Two answers, each as the shared text, the first differing token, and the rest."""
     pairs = zip(original, answer, strict=False)
     same = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(original), len(answer)))
 

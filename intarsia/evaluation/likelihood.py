@@ -1,12 +1,12 @@
 """Log-likelihoods of continuations after a context, with shared contexts computed once.
 
-Tokens are lm-eval's, so that scores can be compared with published ones: trailing white space of the context belongs to
-the continuation; both are tokenised together, and split where the context alone would stop. The tokenizer adds its
-special tokens, but no second BOS to a text that has one. A context is truncated at the left to the model's positions.
+Tokens are those of lm-eval, so that scores are comparable with published ones: trailing white space of the context
+belongs to the continuation; both are tokenised together, and split at the length of the context alone. The tokenizer
+adds its special tokens, but no second BOS. A context is truncated on the left to the model's positions.
 
-Whether a model takes rows of several continuations is known, not tried: the families of this project take a mask of
-four dimensions and positions as they are given, with the attention implementations `sdpa` and `eager`, as long as no
-row reaches past a sliding window. Everything else gets plain rows.
+Packed rows of several continuations are used where they are known to work: the families of this project accept a
+four-dimensional mask and explicit positions with the attention implementations `sdpa` and `eager`, as long as no row
+exceeds a sliding window. All other models get plain rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from intarsia.progress import current
 
 _CPU_BLOCK = 8 * 49152  # float32 entries of one block of logits: inside a core's cache
 _GPU_BLOCK = 64 * 1024 * 1024
-_CPU_BATCH = 512  # tokens; more is no faster for one core, and padded more
+_CPU_BATCH = 512  # tokens; more is not faster on one core, and needs more padding
 _GPU_BATCH = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Context tokens, and the tokens after them to be scored; neither is empty."""
+    """Context tokens, and the tokens to score after them; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -45,11 +45,11 @@ def encode_pairs(
     """Tokenise pairs of texts, in order.
 
     Args:
-        pairs: context and continuation; a context has more than white space.
-        max_length: positions of the model; None where it has no limit.
+        pairs: context and continuation; a context is not blank.
+        max_length: positions of the model; None for no limit.
 
     Raises:
-        UserError: a continuation has no token of its own, or more than the model has positions for.
+        UserError: a continuation has no token of its own, or more tokens than the model's positions.
     """
     known: dict[str, tuple[int, ...]] = {}
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -65,7 +65,7 @@ def encode_pairs(
         if kept not in known:
             known = {kept: encode(kept)}  # the choices of a question follow each other
         head = known[kept]
-        # In one piece: white space at the end of the context counts to the continuation.
+        # Together: white space at the end of the context belongs to the continuation.
         tail = encode(context + continuation)[len(head) :]
         if not tail or (max_length is not None and len(tail) > max_length):
             limit = "" if max_length is None else f", and at most {max_length} (the model's positions)"
@@ -79,7 +79,7 @@ def encode_pairs(
 
 
 def fit(request: Request, max_length: int | None) -> Request:
-    """The request with its context truncated to the model's positions; the last token of all needs none."""
+    """The request with its context truncated to the model's positions; the last token needs none."""
     if max_length is None or len(request.context) + len(request.continuation) <= max_length + 1:
         return request
     kept = max_length + 1 - len(request.continuation)
@@ -87,7 +87,7 @@ def fit(request: Request, max_length: int | None) -> Request:
 
 
 def positions_of(config: Any) -> int | None:
-    """The positions of a model, by its config; None where that says nothing."""
+    """The number of positions of a model, by its config; None if it has none."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         found = getattr(config, name, None)
@@ -100,8 +100,8 @@ def positions_of(config: Any) -> int | None:
 class Rows:
     """Token rows for a forward pass.
 
-    `ids_BT`; `attend_BTT` True where a token (first T) may look at another (second T), None for plain causal rows;
-    `positions_BT` with `attend_BTT`. Logits are wanted only at `row_N`, `column_N`.
+    `ids_BT`; `attend_BTT` True where a token (first T) may attend to another (second T), None for plain causal rows;
+    `positions_BT` with `attend_BTT`. Logits are needed only at `row_N`, `column_N`.
     """
 
     ids_BT: Tensor
@@ -113,8 +113,8 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihoods:
-    """Of every request: the summed log-likelihood of its continuation (float64, nats), and whether each of its tokens
-    is the likeliest one."""
+    """For every request: the summed log-likelihood of its continuation (float64, nats), and whether all of its tokens
+    are the likeliest ones."""
 
     sums_R: Tensor
     greedy_R: Tensor
@@ -122,7 +122,7 @@ class Likelihoods:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tree:
-    """A context, and its continuations by the number of their request."""
+    """A context with its continuations, by request number."""
 
     context: tuple[int, ...]
     branches: tuple[tuple[int, tuple[int, ...]], ...]
@@ -144,12 +144,12 @@ class Batch:
 
 
 def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) -> Iterator[Batch]:
-    """Group requests of similar length into batches, the longest first, so that a lack of memory shows at once.
+    """Group requests of similar length into batches, longest first, so that running out of memory shows at once.
 
     Args:
-        requests: in any order; those with one context need not stand together.
+        requests: in any order; those with one context need not be adjacent.
         pack: share contexts between continuations; else a plain row for each.
-        batch_tokens: rows times columns of a batch, at most (a longer row goes alone).
+        batch_tokens: most rows times columns of a batch (a longer row is a batch of its own).
     """
     shared: dict[Any, list[tuple[int, tuple[int, ...]]]] = {}
     for number, request in enumerate(requests):
@@ -166,11 +166,11 @@ def batches_of(requests: Sequence[Request], *, pack: bool, batch_tokens: int) ->
 
 
 def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
-    """Rows of a context with all its continuations after it; plain rows have one each, and need no mask."""
+    """Rows of a context followed by all its continuations; plain rows have one each, and need no mask."""
     shape = (len(trees), max(tree.width for tree in trees))
     ids_BT, positions_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     branch_BT = torch.full(shape, -1)  # -1 padding, 0 the context, then the continuations
-    # Row and column of every logit that is needed; and its number, the token scored there and the token's request.
+    # Row and column of every needed logit; and its index, the token scored there, and the token's request.
     wanted, scored = list[tuple[int, int]](), list[tuple[int, int, int]]()
     for row, tree in enumerate(trees):
         known = column = len(tree.context)
@@ -192,7 +192,7 @@ def _batch(trees: Sequence[_Tree], *, pack: bool) -> Batch:
     rows = Rows(ids_BT=ids_BT, row_N=row_N, column_N=column_N)
     if pack:
         causal_TT = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
-        # Padding is one more branch and sees itself too: a softmax over nothing would be NaN.
+        # Padding is one more branch and attends to itself, because a softmax over nothing would be NaN.
         seen_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
         rows = replace(rows, attend_BTT=causal_TT & seen_BTT, positions_BT=positions_BT)
     requests = sum(len(tree.branches) for tree in trees)
@@ -206,9 +206,9 @@ def score_batch(logits_NV: Tensor, batch: Batch) -> Tensor:
 
 
 def log_totals(logits_NV: Tensor) -> Tensor:
-    """logsumexp of every position, in float32: logits of a low precision are not rounded once more.
+    """logsumexp of every position in float32, so that low-precision logits are not rounded again.
 
-    Block by block in one buffer, in place: on the CPU nearly twice as fast as `logsumexp`, with the same result.
+    Works in place, block by block in one buffer: on the CPU nearly twice as fast as `logsumexp`, with the same result.
     """
     budget = _CPU_BLOCK if logits_NV.device.type == "cpu" else _GPU_BLOCK
     step = max(1, budget // logits_NV.shape[-1])
@@ -229,16 +229,16 @@ def score_requests(
     pack: bool | None = None,
     where: str = "log-likelihoods",
 ) -> Likelihoods:
-    """Log-likelihoods of requests on a causal language model of transformers, where it is and in its own dtype.
+    """Log-likelihoods of requests on a causal language model of transformers, on its device and in its dtype.
 
     Args:
-        model: left in the mode (training or not) it was in.
-        batch_tokens: tokens a forward pass; None for a default by device.
-        pack: see `batches_of`; None where the model takes it.
-        where: the name of what is scored, for messages and progress.
+        model: its mode (training or not) is restored.
+        batch_tokens: tokens per forward pass; None for a default by device.
+        pack: see `batches_of`; None for models that support it.
+        where: the name of the task, for messages and progress.
 
     Raises:
-        UserError: a logit that matters is NaN or infinite.
+        UserError: a needed logit is NaN or infinite.
     """
     if pack is None:
         longest = max((len(request.context) + len(request.continuation) for request in requests), default=0)
@@ -259,7 +259,7 @@ def score_requests(
 
 
 def logits_of(model: torch.nn.Module, rows: Rows) -> Tensor:
-    """The wanted logits of rows `[N, V]`; the head of a known family is given these positions alone."""
+    """The needed logits of rows `[N, V]`; the head of a known family runs only on these positions."""
     inputs = inputs_of(model, rows)
 
     def wanted(found_BTX: Tensor) -> Tensor:
@@ -268,20 +268,22 @@ def logits_of(model: torch.nn.Module, rows: Rows) -> Tensor:
     if not _of_known_family(model):
         return wanted(model(**inputs).logits)
     assert isinstance(model, PreTrainedModel)
-    # What the model does to the head's output (to scale it, to cap it) holds for any shape.
+    # Changes of the head's output (a scale, a cap) work for any shape.
     with model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (wanted(given[0]),)):
         logits_NV: Tensor = model(**inputs).logits
     return logits_NV
 
 
 def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
-    """Rows as the keyword arguments of a model of transformers, on its device."""
+    """Rows as keyword arguments for a model of transformers, on its device."""
     weight = next(model.parameters())
     inputs: dict[str, Any] = {"input_ids": rows.ids_BT.to(weight.device), "use_cache": False}
     if rows.attend_BTT is not None:
         assert rows.positions_BT is not None
         mask_B1TT = rows.attend_BTT.to(weight.device)[:, None]
-        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":  # adds it to scores
+        if (
+            getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+        ):  # it adds the mask to scores
             none = torch.zeros(mask_B1TT.shape, dtype=weight.dtype, device=weight.device)
             mask_B1TT = none.masked_fill(~mask_B1TT, torch.finfo(weight.dtype).min)
         inputs["attention_mask"] = mask_B1TT
@@ -290,7 +292,7 @@ def inputs_of(model: torch.nn.Module, rows: Rows) -> dict[str, Any]:
 
 
 def takes_packed_rows(model: torch.nn.Module, longest: int) -> bool:
-    """Whether a model can be given rows of several continuations, none longer by itself than `longest` tokens."""
+    """Whether a model accepts packed rows of several continuations, each of at most `longest` tokens."""
     config: Any = getattr(model, "config", None)
     if not _of_known_family(model) or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
@@ -299,19 +301,19 @@ def takes_packed_rows(model: torch.nn.Module, longest: int) -> bool:
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Tokens a forward pass that keep a device busy."""
+    """Tokens per forward pass that keep a device busy."""
     return _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
 
 
 def _of_known_family(model: torch.nn.Module) -> bool:
-    if not isinstance(model, PreTrainedModel):  # wrapped, by PEFT for example: its forward may do more
+    if not isinstance(model, PreTrainedModel):  # the forward of a wrapper, such as PEFT's, may do more
         return False
     return any(model.config.model_type in family.model_types for family in known_families().values())
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
+    """Within the context, the model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A recipe's layers between the original's embedding and head. Nothing is built, and nothing is copied.
+"""Perplexity, and recipes' models in memory: layers between the original's embedding and head, without copies.
 
 Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `W` all windows.
 """
@@ -35,7 +35,7 @@ class Chain(nn.Module):
     def __init__(self, recipe: Recipe, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> None:
         """
         Args:
-            memory_budget: of hidden states of a whole text, where the model is streamed.
+            memory_budget: of a whole text's hidden states, if the model is streamed.
         """
         super().__init__()
         self.layers = RecipeLayers.of(recipe, resident)
@@ -59,9 +59,9 @@ class Chain(nn.Module):
 
     @torch.inference_mode()
     def row_logits(self, rows: Sequence[Sequence[int]], take: Callable[[int, Tensor], None]) -> None:
-        """One pass over rows of any lengths; `take` gets the number of each row and its logits `[T, V]`."""
+        """Run once over rows of any lengths; `take` gets the number of each row and its logits `[T, V]`."""
         ids_NT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        corpus = Corpus.of(ids_NT, description="answers", documents=len(rows))  # nothing looks ahead, into padding
+        corpus = Corpus.of(ids_NT, description="answers", documents=len(rows))  # causal: padding has no effect
 
         def end(_: int, part: slice, ids: Tensor, mask: Tensor | None, h_BTD: Tensor) -> None:
             for place, number in enumerate(range(part.start, part.stop)):
@@ -71,7 +71,7 @@ class Chain(nn.Module):
         self._once(corpus, end, "agreement", 4096)
 
     def _once(self, corpus: Corpus, end: End, name: str, batch_tokens: int) -> None:
-        """One pass over a text."""
+        """Run once over a text."""
         resident = self.layers.resident
         batches = Batches(corpus, resident.device, batch_tokens=batch_tokens)
         loop = Loop(resident, batches, memory_budget=self._memory_budget)
@@ -80,7 +80,7 @@ class Chain(nn.Module):
 
 
 def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: MemoryBudget | None = None) -> nn.Module:
-    """A recipe's model to be measured: as transformers has it, or a chain where layers are streamed.
+    """A recipe's model for measuring: a transformers model, or a chain if layers are streamed.
 
     Args:
         recipe: over the resident model; None for that model itself.
@@ -97,10 +97,10 @@ def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int |
 
     Args:
         spec: a text source (see `intarsia.data.sources`).
-        windows: how many at most; None for all.
+        windows: most windows; None for all.
 
     Raises:
-        UserError: something is wrong with the source, or it is shorter than one window.
+        UserError: the source cannot be used, or is shorter than one window.
     """
     return tokenize(
         documents(spec, limit_bytes=None if windows is None else bytes_for(windows * seq_len)),
@@ -117,11 +117,11 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
     """Measure the perplexity of a causal language model of `transformers` on a corpus.
 
     Args:
-        model: the model, where it is and in its own dtype; left in the mode (training or not) it was in. The layers of
-            a streamed one are read once.
+        model: on its device and in its dtype; its mode (training or not) is restored. The layers of a streamed one are
+            read once.
 
     Raises:
-        UserError: a loss is NaN or infinite, or no token is predicted.
+        UserError: a loss is NaN or infinite, or there are no predicted tokens.
     """
     if isinstance(model, Chain):
         sums_W, counts_W = model.window_losses(corpus, batch_tokens=batch_tokens)
@@ -153,7 +153,7 @@ def perplexity(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 40
 def window_losses(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int = 4096) -> tuple[Tensor, Tensor]:
     """Summed loss (float64, nats) and predicted tokens (int64) of every window, on the CPU.
 
-    Two models measured on the same corpus can be compared window by window with this.
+    This allows to compare two models on the same corpus window by window.
     """
     device, where = next(model.parameters()).device, f"perplexity on {corpus.description}"
     sums, counts = [], []
@@ -161,7 +161,7 @@ def window_losses(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int =
         for ids_BT, mask_BT in corpus.batches(max(1, batch_tokens // corpus.seq_len)):
             ids_BT = ids_BT.to(device)
             mask_BT = None if mask_BT is None else mask_BT.to(device)
-            # The whole logits: what a model does between its last hidden state and them is in them.
+            # The model's own logits, which include everything after its last hidden state.
             logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             sums_B, counts_B = next_token_losses(logits_BTV, ids_BT, mask_BT, where=where)
             sums.append(sums_B.cpu())
@@ -171,7 +171,7 @@ def window_losses(model: torch.nn.Module, corpus: Corpus, *, batch_tokens: int =
 
 
 def ratio_stderr(sums_W: Tensor, counts_W: Tensor, mean: float) -> float:
-    """Standard error of sum(sums) / sum(counts), windows being the independent draws."""
+    """Standard error of sum(sums) / sum(counts), with windows as independent draws."""
     n = len(sums_W)
     if n < 2:
         return 0.0

@@ -1,14 +1,13 @@
-"""Scores on tasks, item by item, and how much of one model's accuracy another one keeps.
+"""Scores on tasks, item by item, and retention: the share of one model's accuracy that another one keeps.
 
-Where one number stands for a task (`TaskScore.primary`), it is `acc_norm` if the task has it, else `acc`, else the
-match of the last number (GSM8K's other metric wants the form of its examples too), else the first metric. lm-eval's
-tasks define `acc_norm` where choices differ in length (ARC, HellaSwag, OpenBookQA, PIQA), and only `acc` where they do
-not (WinoGrande, MMLU).
+The primary metric of a task (`TaskScore.primary`) is `acc_norm` if the task has it, else `acc`, else the match of the
+last number (GSM8K's other metric also requires the form of its examples), else the first metric. lm-eval's tasks define
+`acc_norm` if choices differ in length (ARC, HellaSwag, OpenBookQA, PIQA), and only `acc` otherwise (WinoGrande, MMLU).
 
-Retention is the second model's accuracy divided by the first's, on the same items; above chance, both minus what
-guessing gives. Over several tasks it is the ratio of the means over tasks. The interval is a paired bootstrap: it holds
-95 % of the ratios when items are drawn anew with replacement, within each task, the same draw for both models. Items
-with equal outcomes are interchangeable, so a draw of n items is a draw of how often each pair of outcomes occurs.
+Retention is the second model's accuracy divided by the first's, on the same items; above chance, both minus the
+accuracy of guessing. Over several tasks it is the ratio of the means over tasks. The interval is a paired bootstrap: it
+contains 95 % of the ratios for items resampled with replacement, within each task, the same draw for both models. Items
+with equal outcomes are interchangeable, so a draw of n items is a draw of the frequency of each pair of outcomes.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from intarsia.progress import current
 _PREFERRED = ("acc_norm", "acc", "exact_match,flexible-extract")
 _DRAWS = 10_000
 _LEVELS = (2.5, 97.5)
-_MOST_UNSOUND = 1e-3  # share of draws with nothing to divide by; they are left out
+_MOST_UNSOUND = 1e-3  # largest share of draws with a zero divisor; they are ignored
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
-# From a string of digits, which outcomes of 0 and 1 are written as.
+# From a string of digits, the form of outcomes of 0 and 1.
 _Outcomes = Annotated[tuple[float, ...], BeforeValidator(lambda given: tuple(map(float, given)))]
 
 
@@ -39,9 +38,9 @@ _Outcomes = Annotated[tuple[float, ...], BeforeValidator(lambda given: tuple(map
 class Perplexity:
     """Perplexity of a text.
 
-    `value` = exp(`nll`); `nll` is the mean loss in nats over the predicted tokens; `nll_stderr` its standard error,
-    from the scatter between windows (0 with one window); `stderr` the same for `value` (to first order); `tokens` are
-    the predicted ones; `text` and `text_sha256` say which tokens these were.
+    `value` = exp(`nll`); `nll` is the mean loss in nats over the predicted tokens; `nll_stderr` its standard error over
+    windows (0 with one window); `stderr` the same for `value` (to first order); `tokens` is the number of predicted
+    tokens; `text` and `text_sha256` identify them.
     """
 
     value: float
@@ -57,7 +56,7 @@ class Perplexity:
 
     @property
     def measure(self) -> dict[str, float | None]:
-        """The value with its standard error; one window has no scatter."""
+        """The value with its standard error; None for one window."""
         return {"value": self.value, "stderr": self.stderr if self.windows > 1 else None}
 
     def __str__(self) -> str:
@@ -66,10 +65,10 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens a second of a model, medians over `repeats`.
+    """Tokens per second of a model, medians over `repeats`.
 
-    `prefill_tokens_per_s`: prompt tokens of the whole batch read in one forward. `decode_tokens_per_s`: new tokens of
-    the whole batch, written one after the other with the cache. `time_to_first_token_s`: seconds from the prompt to
+    `prefill_tokens_per_s`: prompt tokens of the whole batch in one forward. `decode_tokens_per_s`: new tokens of the
+    whole batch, decoded with the cache. `time_to_first_token_s`: seconds from the prompt to
     the first new token.
     """
 
@@ -90,7 +89,7 @@ class Metric:
     """A mean over items."""
 
     value: float
-    # Its standard error; None where lm-eval has none.
+    # Its standard error; None if lm-eval has none.
     stderr: float | None
 
 
@@ -98,10 +97,10 @@ class Metric:
 class Agreement:
     """Agreement of a model with the original.
 
-    On the original's answers: `agreement` is the share of next tokens that are the same, `kl` the divergence of next
-    tokens from the original's, in nats. Of the model's own answers, where it wrote any: `loops` is the share that ends
-    in repeating itself, `length` the mean number of tokens, `perplexity` that of the original on them. All are means
-    over `prompts`, with standard errors. `examples` are answers side by side.
+    Along the original's answers: `agreement` is the share of equal next tokens, `kl` the divergence of next tokens from
+    the original's, in nats. For the model's own answers, if it generated any: `loops` is the share that ends in a loop,
+    `length` the mean number of tokens, `perplexity` the original's on them. All are means over `prompts`, with standard
+    errors. `examples` are answers side by side.
     """
 
     agreement: Metric
@@ -110,7 +109,7 @@ class Agreement:
     length: Metric | None
     perplexity: Metric | None
     prompts: int
-    # Of the original's answers.
+    # Tokens of the original's answers.
     tokens: int
     # Where the prompts come from, and the hash of their tokens.
     source: str
@@ -118,7 +117,7 @@ class Agreement:
     examples: tuple[Mapping[str, Any], ...] = ()
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """The numbers by their keys in tables, with standard errors."""
+        """The numbers by table key, with standard errors."""
         numbers = {
             "agreement": self.agreement,
             "next_token_kl": self.kl,
@@ -135,13 +134,13 @@ class TaskScore:
 
     name: str
     metrics: Mapping[str, Metric]
-    # Items.
+    # Number of items.
     n: int
     # Mean of 1 / number of choices; None for tasks without choices.
     chance: float | None
-    # Of every item by metric, in item order, for metrics that are the mean of them.
+    # The outcomes of all items, in order, for metrics that are their mean.
     outcomes: Mapping[str, _Outcomes]
-    # Over the items: equal hashes mean the same questions.
+    # Hash of the items: equal hashes mean the same questions.
     items_sha256: str
     # `local`, or lm-eval's version.
     source: str
@@ -150,7 +149,7 @@ class TaskScore:
 
     @property
     def primary(self) -> str:
-        """The metric that stands for the task."""
+        """The name of the primary metric."""
         return next((name for name in _PREFERRED if name in self.metrics), next(iter(self.metrics)))
 
     @property
@@ -158,7 +157,7 @@ class TaskScore:
         return self.metrics[self.primary].value
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data; outcomes that are all 0 or 1 as a string of digits."""
+        """As plain data, with outcomes of 0 and 1 as a string of digits."""
         outcomes = {
             name: "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
             for name, values in self.outcomes.items()
@@ -168,7 +167,7 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """A ratio with its interval; None where more than one draw in a thousand leaves nothing to divide by."""
+    """A ratio with its interval; None if more than one draw in a thousand has a zero divisor."""
 
     value: float
     low: float | None
@@ -177,28 +176,28 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Retained:
-    """What is kept of one task, or of the mean over tasks."""
+    """Retention on one task, or on the mean over tasks."""
 
     name: str
     metric: str
-    # Items.
+    # Number of items.
     n: int
-    # None where the first model has nothing to keep.
+    # None if the first model has accuracy 0.
     accuracy: Ratio | None
-    # The same of what exceeds guessing.
+    # The same above chance.
     above_chance: Ratio | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What is kept of the scores of another model."""
+    """Retention of another model's scores."""
 
-    # That model.
+    # The other model.
     against: str
     tasks: tuple[Retained, ...]
-    # Of the mean over tasks.
+    # Retention on the mean over tasks.
     mean: Retained
-    # Of the bootstrap.
+    # Seed of the bootstrap.
     draws: int
     seed: int
 
@@ -212,12 +211,12 @@ class TaskResults:
     dtype: str
     limit: int | None = None
     num_fewshot: int | None = None
-    # What it keeps of another model's scores, if one was given.
+    # Retention of another model's scores, if one was given.
     retention: Retention | None = None
 
     @property
     def mean(self) -> float:
-        """Mean of the tasks' primary metrics, every task counting the same."""
+        """Mean of the tasks' primary metrics."""
         return math.fsum(score.value for score in self.scores) / len(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,11 +224,11 @@ class TaskResults:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskResults:
-        """The results that `to_dict` wrote."""
+        """The results from the data of `to_dict`."""
         return TypeAdapter(cls).validate_python(data)
 
     def summary(self) -> dict[str, Any]:
-        """A row a task, without the outcomes of single items."""
+        """One row per task, without the outcomes of single items."""
         kept = {} if self.retention is None else {task.name: task for task in self.retention.tasks}
         rows: list[dict[str, Any]] = []
         for score in self.scores:
@@ -250,14 +249,14 @@ class TaskResults:
 def retention(
     dense: Sequence[TaskScore], other: Sequence[TaskScore], *, against: str, draws: int = _DRAWS, seed: int = 0
 ) -> Retention:
-    """What `other` keeps of `dense`, in the primary metric of each task.
+    """The share of `dense` that `other` keeps, in the primary metric of each task.
 
     Args:
-        dense: the scores to keep, of the model called `against`.
+        dense: the reference scores, of the model `against`.
         other: scores on the same tasks in the same order.
 
     Raises:
-        UserError: the tasks or their items differ, or a score has no outcomes of single items.
+        UserError: the tasks or their items differ, or a score has no item outcomes.
     """
     _check_same_items(dense, other)
     tasks, draws_TD = [], []
@@ -285,7 +284,7 @@ def retention(
 
 
 def with_retention(dense: TaskResults, found: TaskResults, *, seed: int = 0) -> TaskResults:
-    """Scores with what they keep of `dense`, on the same items; without it where a metric is no mean over items."""
+    """Scores with their retention of `dense` on the same items, unless a metric is not a mean over items."""
     try:
         return replace(found, retention=retention(dense.scores, found.scores, against=dense.model, seed=seed))
     except UserError as error:
@@ -306,7 +305,7 @@ def _check_same_items(dense: Sequence[TaskScore], other: Sequence[TaskScore]) ->
     names, found = ([score.name for score in scores] for scores in (dense, other))
     if not names or names != found:
         raise UserError(
-            f"One model is scored on the tasks {', '.join(names)}, the other on {', '.join(found)}.",
+            f"One model was scored on the tasks {', '.join(names)}, the other on {', '.join(found)}.",
             "Evaluate both on the same tasks.",
         )
     problems = Problems()
@@ -318,8 +317,8 @@ def _check_same_items(dense: Sequence[TaskScore], other: Sequence[TaskScore]) ->
             )
         elif not all(first.primary in score.outcomes for score in (first, second)):
             problems.add(
-                f"{first.name}: its metric {first.primary} is no mean over items, so retention has no interval.",
-                "Leave this task out of the comparison.",
+                f"{first.name}: its metric {first.primary} is not a mean over items, so retention has no interval.",
+                "Leave this task out.",
             )
     problems.raise_any()
 
@@ -327,7 +326,7 @@ def _check_same_items(dense: Sequence[TaskScore], other: Sequence[TaskScore]) ->
 def _ratios(
     values: tuple[float, float], drawn: tuple[_Floats, _Floats], chance: float | None
 ) -> tuple[Ratio | None, Ratio | None]:
-    """Of the accuracies, and of what exceeds chance, from two models' values and their means in every draw."""
+    """Ratios of accuracies, plain and above chance, from two models' values and their means in every draw."""
     (dense, other), (dense_D, other_D) = values, drawn
     plain = _ratio(dense, other, dense_D, other_D)
     if chance is None:
@@ -336,7 +335,7 @@ def _ratios(
 
 
 def _ratio(dense: float, other: float, dense_D: _Floats, other_D: _Floats) -> Ratio | None:
-    """None without anything to keep; without an interval if that cannot be excluded."""
+    """The ratio; None for a zero divisor, and without an interval if that is too likely in draws."""
     if dense <= 0:
         return None
     sound_D = dense_D > 0

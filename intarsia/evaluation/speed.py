@@ -1,7 +1,7 @@
-"""Speed of models, alone and with a draft, and the memory that they take while they write.
+"""Speed of models, alone and with a draft, and memory use of generation.
 
-A draft proposes tokens, and the model checks them in one pass; what it would have written itself is accepted. Passes
-are counted where the modules are called, so that nothing depends on how transformers counts.
+A draft proposes tokens, and the model checks them in one pass; tokens that it would have generated itself are accepted.
+Passes are counted by hooks on the modules, independently of transformers.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def peak_memory_bytes() -> int:
 
 
 class Growth:
-    """What `growth` found: `bytes` are valid after its block."""
+    """The result of `growth`: `bytes` is valid after its block."""
 
     bytes: int = 0
 
 
 @contextmanager
 def growth(device: torch.device) -> Iterator[Growth]:
-    """How far memory rises above where it was, at most, while the block runs.
+    """Measure the largest rise of memory while the block runs.
 
-    On CUDA that is what tensors take. On the CPU it is the resident memory of this process, looked at every few
-    milliseconds; memory that was free but not given back is subtracted first, and other threads of the process count.
+    On CUDA this is the memory of tensors. On the CPU it is the resident memory of this process, sampled every few
+    milliseconds, after unused memory is returned to the system; it includes other threads.
     """
     found = Growth()
     if device.type == "cuda":
@@ -64,7 +64,7 @@ def growth(device: torch.device) -> Iterator[Growth]:
         found.bytes = int(torch.cuda.max_memory_allocated(device) - before)
         return
     gc.collect()
-    give_back()  # it would hide what is taken anew
+    give_back()  # unused memory would hide new allocations
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 
@@ -86,13 +86,13 @@ def growth(device: torch.device) -> Iterator[Growth]:
 
 
 def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, itemsize: int) -> int | None:
-    """What keys and values of `tokens` tokens take, as the config says; a sliding layer holds its window less one. None
-    where nothing is known of the layers' heads."""
+    """Bytes of keys and values of `tokens` tokens, by the config; a sliding layer holds its window less one. None if
+    the layers' heads are unknown."""
     if architecture.removal_only:
         return None
     window = architecture.config.get("sliding_window")
     kinds = architecture.layer_types
-    if kinds is None:  # one kind for all: a window that the config does not switch off
+    if kinds is None:  # one kind for all: sliding, unless the config switches it off
         slides = window is not None and architecture.config.get("use_sliding_window", True)
         kinds = ("sliding_attention" if slides else "full_attention",) * architecture.n_layers
     held = [min(tokens, int(window or 0) - 1) if kind.startswith("sliding_attention") else tokens for kind in kinds]
@@ -101,7 +101,7 @@ def kv_cache_bytes(architecture: Architecture, *, batch: int, tokens: int, items
 
 
 def cache_bytes(cache: Any) -> int:
-    """What the keys and values in a cache of `transformers` take."""
+    """Bytes of the keys and values in a cache of `transformers`."""
     held = (getattr(layer, name, None) for layer in cache.layers for name in _CACHED)
     parts = (part for each in held for part in (each.values() if isinstance(each, dict) else (each,)))
     return sum(tensor.nbytes for tensor in parts if isinstance(tensor, torch.Tensor))
@@ -118,10 +118,10 @@ def compare_speed(
     """Speed of several models, measured in turns.
 
     Args:
-        prompt_len: tokens a prompt (random ones: their values do not matter for the time).
-        new_tokens: tokens that are written after each prompt; the first comes out of the prefill and is not counted
-            in decode.
-        repeats: measured rounds after one that is not counted.
+        prompt_len: tokens per prompt (random, because values do not affect the time).
+        new_tokens: tokens to generate after each prompt; the first comes from the prefill and does not count for
+            decoding.
+        repeats: measured rounds after one warm-up round.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with ExitStack() as modes, current().task("speed", total=(repeats + 1) * len(models)) as task:
@@ -131,7 +131,7 @@ def compare_speed(
             for name, model in models.items():
                 task.note(name)
                 measured = _round(model, batch, prompt_len, new_tokens)
-                if turn > 0:  # the first round warms up
+                if turn > 0:  # the first round is a warm-up
                     times[name].append(measured)
                 task.advance()
     medians = {name: [statistics.median(each) for each in zip(*found, strict=True)] for name, found in times.items()}
@@ -172,7 +172,7 @@ def _round(model: Any, batch: int, prompt_len: int, new_tokens: int) -> tuple[fl
 
 
 def _write(model: Any, batch: int, prompt_len: int, new_tokens: int, mark: Callable[[], None]) -> Any:
-    """Read random prompts and write after them; `mark` is called before, between and after. Gives the cache."""
+    """Prefill random prompts and decode; `mark` is called before, between and after. Return the cache."""
     from transformers import DynamicCache
 
     chance = torch.Generator().manual_seed(0)
@@ -194,7 +194,7 @@ def _write(model: Any, batch: int, prompt_len: int, new_tokens: int, mark: Calla
 
 
 def _now(device: torch.device) -> float:
-    """The time at which the device has done the work that is queued so far."""
+    """The time when the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -212,28 +212,28 @@ def _device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """Assisted generation against plain, over all prompts."""
+    """Assisted generation compared with plain, over all prompts."""
 
     prompts: int
-    # That the model wrote with the draft.
+    # Number of tokens generated with the draft.
     tokens: int
     # Share of the draft's proposals that were accepted.
     acceptance: float
-    # Tokens for each pass of the model; 1 without a draft.
+    # Tokens per pass of the model; 1 without a draft.
     tokens_per_pass: float
-    # Tokens a second, medians over prompts.
+    # Tokens per second, medians over prompts.
     plain_per_s: float
     assisted_per_s: float
-    # How often assisted generation is as fast as plain.
+    # Speed-up of assisted over plain generation.
     speedup: float
-    # Share of prompts with exactly the same greedy tokens; rounding may tell two nearly equal tokens apart.
+    # Share of prompts with exactly the same greedy tokens; rounding may decide between nearly equal tokens.
     same_output: float
 
 
 def assisted(
     model: Any, draft: Any, prompts: Sequence[Sequence[int]], *, new_tokens: int, enders: Sequence[int]
 ) -> Drafting:
-    """Answer every prompt with and without the draft, in turns, after one prompt that is not counted.
+    """Answer every prompt with and without the draft, in turns, after one warm-up prompt.
 
     Raises:
         UserError: transformers cannot generate with this draft.
@@ -245,7 +245,7 @@ def assisted(
             with _calls(model) as ours, _calls(draft) as theirs:
                 helped, helped_seconds = _written(model, prompt, new_tokens, enders, assistant_model=draft)
             task.advance()
-            if number == 0 or not (plain and helped):  # the first one warms up
+            if number == 0 or not (plain and helped):  # the first one is a warm-up
                 continue
             plain_s.append(len(plain) / seconds)
             assisted_s.append(len(helped) / helped_seconds)
@@ -271,7 +271,7 @@ def assisted(
 def _written(
     model: Any, prompt: Sequence[int], new_tokens: int, enders: Sequence[int], **how: Any
 ) -> tuple[list[int], float]:
-    """What a model writes after a prompt, greedily, and the seconds that it takes."""
+    """A model's greedy answer to a prompt, and its time in seconds."""
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     settings: dict[str, Any] = {
         "do_sample": False,
@@ -295,7 +295,7 @@ def _written(
 
 @contextmanager
 def _calls(model: Any) -> Iterator[list[None]]:
-    """An entry for every forward pass of a model."""
+    """A list that gets an entry for every forward pass of a model."""
     found: list[None] = []
     hook = model.register_forward_hook(lambda *_: found.append(None))
     try:

@@ -1,10 +1,9 @@
 """Tasks, run by lm-eval (EleutherAI's language model evaluation harness) on a model in memory.
 
-Data sets, prompts, few-shot examples, filters and metrics are lm-eval's; a local file of questions becomes one of its
-tasks. Log-likelihoods are made here (`intarsia.evaluation.likelihood`): the same numbers in half of the time, for
-what the choices of a question share is computed once; and normalised in float32, where lm-eval's own loop rounds
-log-probabilities to the model's dtype, which makes ties in bfloat16. Text that a task wants written is written by
-lm-eval.
+Data sets, prompts, few-shot examples, filters, metrics and generation are lm-eval's; a local file of questions becomes
+one of its tasks. Log-likelihoods are ours (`intarsia.evaluation.likelihood`): the same numbers in half the time,
+because shared contexts are computed once; and normalised in float32, while lm-eval's own loop rounds log-probabilities
+to the model's dtype, which causes ties in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from intarsia.evaluation.results import Metric, TaskResults, TaskScore
 from intarsia.evaluation.task_file import Question, Solved, is_right, names_a_file, read_items, wants_text
 from intarsia.options import TextsAndTasks
 
-_SAME = 1e-9  # two ways to sum the same outcomes
-_SEED = 1234  # lm-eval's own for few-shot examples: with another one the prompts would differ from published ones
-_DRAWS = 1000  # for the standard error of metrics that are no mean
+_SAME = 1e-9  # difference between two sums of the same outcomes
+_SEED = 1234  # lm-eval's own for few-shot examples, for the same prompts as in published results
+_DRAWS = 1000  # for the standard error of metrics that are not means
 _NEAREST = 5
 _MOST_WRITTEN = 256  # tokens of an answer
-_ROWS_WRITTEN = 8  # answers that are written side by side
+_ROWS_WRITTEN = 8  # answers generated side by side
 
 
 def scores_of(name: str, answer: Mapping[str, Any], *, local: bool) -> list[TaskScore]:
-    """Scores from lm-eval's results, with every item's (`samples`).
+    """Scores from lm-eval's results, including those of items (`samples`).
 
     Args:
-        local: whether it is a file of the user's.
+        local: whether it is a local file.
 
     Returns:
-        One score for a task, or for a group with a mean of its own; else one for every task in it.
+        One score for a task, or for a group with its own mean; else one for every task in it.
     """
     parts = [_score(each, answer, local=local) for each in answer["samples"]]
     metrics = _metrics(answer.get("groups", {}).get(name, {}))
@@ -57,10 +56,12 @@ def scores_of(name: str, answer: Mapping[str, Any], *, local: bool) -> list[Task
 def _score(name: str, answer: Mapping[str, Any], *, local: bool) -> TaskScore:
     samples = answer["samples"][name]
     metrics = _metrics(answer["results"][name])
-    items = list({sample["doc_id"]: sample for sample in samples}.values())  # with several filters a sample a filter
+    items = list({sample["doc_id"]: sample for sample in samples}.values())  # several filters give several samples
     chance = None
     if answer["configs"][name].get("output_type") == "multiple_choice":
-        asked = 2 if any("acc_mutual_info" in item["metrics"] for item in items) else 1  # each choice, also alone
+        asked = (
+            2 if any("acc_mutual_info" in item["metrics"] for item in items) else 1
+        )  # each choice, also without context
         chance = sum(asked / len(item["arguments"]) for item in items) / len(items)
     digest = hashlib.sha256()
     for item in items:
@@ -80,8 +81,8 @@ def _score(name: str, answer: Mapping[str, Any], *, local: bool) -> TaskScore:
 def _group_score(
     name: str, metrics: Mapping[str, Metric], parts: Sequence[TaskScore], answer: Mapping[str, Any]
 ) -> TaskScore:
-    """A group as lm-eval aggregates it. Items are those of all its tasks; a metric keeps their outcomes if it is their
-    mean (weighted by size, as MMLU's)."""
+    """The score of a group, aggregated by lm-eval. Items are those of all its tasks; a metric keeps their outcomes if
+    it is their mean (weighted by size, as in MMLU)."""
     parts = sorted(parts, key=lambda part: part.name)
     n = sum(part.n for part in parts)
     outcomes = {}
@@ -118,7 +119,7 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
 
 
 def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
-    """Item by item, for every metric that is the mean of them."""
+    """Outcomes of items, for every metric that is their mean."""
     found = {}
     for name, metric in metrics.items():
         key, _, chosen = name.partition(",")
@@ -132,13 +133,13 @@ def _outcomes(metrics: Mapping[str, Metric], samples: Sequence[Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One of the tasks asked for, with its data."""
+    """A requested task with its data."""
 
-    # Of a file its stem, with the part.
+    # Its name; for a file the stem and the part.
     name: str
-    # What lm-eval made of it: a task, a group, or the tasks of a tag.
+    # lm-eval's object: a task, a group, or the tasks of a tag.
     found: Mapping[str, Any]
-    # Of a local file.
+    # Whether it is a local file.
     questions: tuple[Question | Solved, ...] = ()
 
     @property
@@ -148,19 +149,19 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan:
-    """Tasks in the order they were asked for, to be scored on any number of models."""
+    """Tasks in the requested order, to score any number of models."""
 
     tasks: tuple[Task, ...]
     # The first items of each; None for all.
     limit: int | None
-    # Examples before each question; None for what the tasks say.
+    # Few-shot examples; None for the tasks' own number.
     num_fewshot: int | None
-    # Write prompts as conversations, with the model's chat template.
+    # Format prompts with the model's chat template.
     chat: bool = False
 
     @classmethod
     def of(cls, spec: TextsAndTasks, tokenizer: Any) -> TaskPlan | None:
-        """The tasks asked for, checked against a model's tokenizer; None for nothing.
+        """The requested tasks, checked against a model's tokenizer; None for none.
 
         Raises:
             UserError: a task cannot be used.
@@ -172,7 +173,7 @@ class TaskPlan:
         return plan
 
     def check_tokens(self, tokenizer: Any) -> None:
-        """Refuse items with a token that the model has no embedding of (`intarsia.data.corpus.limited`).
+        """Refuse items with a token without an embedding in the model (`intarsia.data.corpus.limited`).
 
         Raises:
             UserError: there is one.
@@ -200,29 +201,32 @@ def plan_tasks(
 
     Args:
         tasks: paths of `.jsonl` files, with `#START:END` for a part, and names of lm-eval's tasks, groups and tags.
-        limit: the first items of each (of the part).
-        include_path: a folder with YAML tasks of the user's, for lm-eval.
-        num_fewshot: examples before each question, for lm-eval's tasks and files of answers, whose first items they are
-            then.
-        chat: write prompts as conversations, with the model's chat template.
+        limit: number of first items of each (of the part).
+        include_path: a folder with additional YAML tasks for lm-eval.
+        num_fewshot: few-shot examples, for lm-eval's tasks, and for files of answers from their first items.
+        chat: format prompts with the model's chat template.
 
     Raises:
-        UserError: a number is impossible, a task is unknown, named twice, cannot be read or has no items.
+        UserError: a number is invalid, or a task is unknown, given twice, unreadable or empty.
     """
     files = [spec for spec in tasks if names_a_file(spec)]
     solved = [spec for spec in files if Path(spec.partition("#")[0]).is_file() and wants_text(spec)]
     check(
-        (bool(tasks) and all(task.strip() for task in tasks), "--tasks names no task, or a blank one.", "Name one."),
-        (limit is None or limit >= 1, f"--limit is {limit}; it is at least 1.", "Leave it out for all items."),
+        (
+            bool(tasks) and all(task.strip() for task in tasks),
+            "--tasks is empty, or has a blank entry.",
+            "Give a task.",
+        ),
+        (limit is None or limit >= 1, f"--limit is {limit}; it must be at least 1.", "Leave it out for all items."),
         (
             num_fewshot is None or num_fewshot >= 0,
-            f"--num-fewshot is {num_fewshot}; it is at least 0.",
-            "Leave it out for what the task says.",
+            f"--num-fewshot is {num_fewshot}; it must be at least 0.",
+            "Leave it out for the task's own number.",
         ),
         (
             not num_fewshot or not tasks or len(files) - len(solved) < len(tasks),
-            "--num-fewshot is given, and the prompts of local files with choices are what they are.",
-            "Leave it out, or name a task of lm-eval.",
+            "--num-fewshot is given, but local files with choices have no few-shot examples.",
+            "Leave it out, or give a task of lm-eval.",
         ),
     )
     found = {spec: _local(*read_items(spec, Question, limit=limit)) for spec in files if spec not in solved}
@@ -243,15 +247,15 @@ def score_tasks(
     """Score a model on every task of a plan.
 
     Args:
-        model: a causal language model of transformers, where it is and in its own dtype.
-        tokenizer: its own; left as it is.
+        model: a causal language model of transformers, on its device and in its dtype.
+        tokenizer: the model's own; it is not changed.
         batch_tokens: tokens a forward pass; None for a default by device.
 
     Raises:
         UserError: a log-likelihood is not finite, or lm-eval cannot run a task on this model.
     """
     if plan.chat and not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"--chat-template is given, and {name} has no chat template.", "Leave it out.")
+        raise UserError(f"--chat-template is given, but {name} has no chat template.", "Leave it out.")
     form: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True} if plan.chat else {}
     lm_eval = _lm_eval()
     scores: list[TaskScore] = []
@@ -262,7 +266,7 @@ def score_tasks(
                 answer = lm_eval.evaluator.evaluate(lm, task.found, limit=plan.limit, bootstrap_iters=_DRAWS, **form)
             except UserError:
                 raise
-            except (ValueError, NotImplementedError) as error:  # of unsafe code, pictures, or a kind of request
+            except (ValueError, NotImplementedError) as error:  # unsafe code, images, or an unsupported kind of request
                 raise UserError(
                     f"lm-eval cannot run the task {task.name} on this model: {_first_line(error)}.", "Leave it out."
                 ) from error
@@ -279,22 +283,22 @@ def score_tasks(
 def load_tasks(
     names: Sequence[str], *, include_path: str | Path | None = None, num_fewshot: int | None = None
 ) -> tuple[Task, ...]:
-    """Find tasks of lm-eval and load their data sets, which may have to be downloaded.
+    """Find tasks of lm-eval and load their data sets, downloading them if needed.
 
     Args:
         names: of tasks, groups or tags of lm-eval.
-        include_path: a folder with YAML tasks of the user's.
-        num_fewshot: examples before each question; None for what the tasks say. Tasks that fix 0 keep it.
+        include_path: a folder with additional YAML tasks.
+        num_fewshot: few-shot examples; None for the tasks' own number. Tasks that fix 0 keep it.
 
     Raises:
-        UserError: lm-eval is not installed, a name is unknown, a data set cannot be had, or a task has no items.
+        UserError: lm-eval is not installed, a name is unknown, a data set cannot be loaded, or a task has no items.
     """
     folder = None if include_path is None else str(include_path)
     no_folder = folder is not None and not Path(folder).is_dir()
-    check((not no_folder, f"--include-path {folder} is no folder.", "Give one with YAML tasks."))
+    check((not no_folder, f"--include-path {folder} is not a folder.", "Give one with YAML tasks."))
     with _quiet(), _own_chance():
         make = _lm_eval().tasks.TaskManager
-        # Its own tasks take seconds to list, and are left out where the user's folder is enough.
+        # Listing its own tasks takes seconds; skip it if the user's folder is enough.
         alone = None if folder is None else make(include_path=folder, include_defaults=False)
         manager = alone if alone and set(names) <= set(alone.all_subtasks) else make(include_path=folder)
         problems = Problems()
@@ -306,7 +310,7 @@ def load_tasks(
         problems.raise_any()
         tasks = tuple(_load(name, manager) for name in names)
         for leaf in (leaf for task in tasks for leaf in task.leaves):
-            # As lm-eval's command: what a task leaves open is 0, and a 0 that a task fixes stays.
+            # As in lm-eval's command: the default is 0, and tasks that fix 0 keep it.
             fixed = leaf.get_config("num_fewshot")
             if fixed is None or (num_fewshot is not None and fixed != 0):
                 leaf.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -327,15 +331,15 @@ def _local(name: str, questions: tuple[Question, ...]) -> Task:
 
 
 def _solved(spec: str, limit: int | None, examples: int, *, chat: bool) -> Task:
-    """A file of answers as a task of lm-eval: text is written greedily, up to an empty line without a chat template.
+    """A file of answers as a task of lm-eval: greedy generation, without a chat template up to an empty line.
 
-    Its first items are the examples before each question, and are not scored.
+    Its first items are the few-shot examples, and are not scored.
     """
     name, items = read_items(spec, Solved, limit=None if limit is None else limit + examples)
     check(
         (
             len(items) > examples,
-            f"--num-fewshot is {examples}, and {spec} has {len(items)} items.",
+            f"--num-fewshot is {examples}, but {spec} has {len(items)} items.",
             "Give fewer examples, or a longer file.",
         )
     )
@@ -363,7 +367,7 @@ def _mean(metric: str) -> dict[str, Any]:
 
 
 def _task(name: str, parts: Mapping[str, Sequence[Question | Solved]], config: Mapping[str, Any]) -> Task:
-    """Items of a file as a task of lm-eval, which asks the part `test`."""
+    """Items of a file as a task of lm-eval, which uses the part `test`."""
     _lm_eval()
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -389,14 +393,14 @@ def _lm_eval() -> Any:
 
 
 def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: int | None) -> Any:
-    """lm-eval's view of a model in memory, with log-likelihoods of our own."""
+    """A model in memory as lm-eval's model class, with our own log-likelihoods."""
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):
-        """Everything but log-likelihoods is lm-eval's."""
+        """lm-eval's class with our own log-likelihoods."""
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            for each in requests:  # half of the positions are left to the prompt
+            for each in requests:  # leave half of the positions to the prompt
                 context, how = each.arguments
                 most = min(how.get("max_gen_toks", self.max_gen_toks), self.max_length // 2)
                 each.arguments = (context, {**how, "max_gen_toks": most})
@@ -421,13 +425,13 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
             found = score_requests(model, wanted, batch_tokens=batch_tokens, where=name)
             return list(zip(found.sums_R.tolist(), found.greedy_R.tolist(), strict=True))
 
-    # lm-eval sets a padding token on the tokenizer that it is given.
+    # lm-eval sets a padding token on the given tokenizer.
     return InMemory(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=_ROWS_WRITTEN)
 
 
 def _load(name: str, manager: Any) -> Task:
-    """What fails here comes from a YAML file, from a data set's code, from `datasets`, or from the hub's HTTP client;
-    so everything is taken."""
+    """Load a task; errors may come from a YAML file, a data set's code, `datasets`, or the hub's HTTP client, so catch
+    all."""
     try:
         task = Task(name=name, found=manager.load([name]))
         empty = [str(leaf.config.task) for leaf in task.leaves if len(leaf.eval_docs) == 0]
@@ -447,7 +451,7 @@ def _load(name: str, manager: Any) -> Task:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's log below errors; what code of its tasks prints goes to stderr."""
+    """Silence lm-eval's log below errors, and send output of its tasks' code to stderr."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -460,7 +464,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _own_chance() -> Iterator[None]:
-    """Tasks that shuffle do it as in lm-eval's command, and nobody else's random numbers change."""
+    """Seed shuffles of tasks as in lm-eval's command, and restore the random state."""
     states = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(_SEED)

@@ -1,1 +1,1 @@
-"""Where models run: what they all expect of a folder, and the forms that some of them want instead."""
+"""Exporting to runtimes: checks of a folder for all of them, and GGUF."""

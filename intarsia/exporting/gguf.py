@@ -1,13 +1,12 @@
-"""A checkpoint as one GGUF file, written tensor by tensor; the file appears whole or not at all.
+"""GGUF export: a checkpoint as one file, written tensor by tensor, which appears whole or not at all.
 
-Names come from the maps of the package `gguf`. Vectors (norms, biases) stay in 32 bits, as llama.cpp wants them. In
-the llama architecture the two entries that rotate together lie side by side, where transformers has them half a head
-apart: rows of q and k change places. A feature that the format or llama.cpp's graph has no place for is refused by
-name.
+Names come from the maps of the package `gguf`. Vectors (norms, biases) stay in 32 bits, as llama.cpp expects. In the
+llama architecture, the two entries that rotate together are adjacent, while transformers has them half a head apart:
+rows of q and k are permuted. Features that the format or llama.cpp's graph does not support are refused by name.
 
-Two kinds of tokenizers are written: byte-level BPE (`gpt2` in GGUF: tokens, merges and the name of the rule by which
-text is split before merging) and SentencePiece-like BPE (`llama`: tokens with scores). The rule's name is found from
-the regular expression that the tokenizer itself states; one that is not known is refused, and can be given by hand.
+Two kinds of tokenizers are written: byte-level BPE (`gpt2` in GGUF: tokens, merges and the name of the rule that splits
+text before merging) and SentencePiece-like BPE (`llama`: tokens with scores). The rule is recognised by the tokenizer's
+regular expression; an unknown one is refused, and its name can be given as an option.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _TEKKEN = (
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT_2 = "the expression of GPT-2"
-# The steps by which text is split -> what llama.cpp calls them.
+# Steps of splitting text -> llama.cpp's name of the rule.
 _SPLITS: dict[tuple[str, ...], str] = {
     (_GPT_2,): "gpt-2",
     ("every digit", _GPT_2): "smollm",
@@ -49,16 +48,16 @@ _SPLITS: dict[tuple[str, ...], str] = {
 }
 KINDS = ("F16", "Q8_0", "F32", "BF16")
 _GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""From a config's `model_type` to what llama.cpp calls the architecture."""
+"""llama.cpp's name of the architecture, by the config's `model_type`."""
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _PADDING = 32
-_BLOCK = 32  # entries of a row that Q8_0 gives one scale
-_CHUNK = 2**24  # entries that are converted together
+_BLOCK = 32  # entries of a row that share a scale in Q8_0
+_CHUNK = 2**24  # entries converted at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTokenizer:
-    """What a GGUF file says about a tokenizer."""
+    """A tokenizer in the form of a GGUF file."""
 
     # `gpt2` or `llama`
     model: str
@@ -78,10 +77,10 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
 
     Args:
         vocabulary: rows of the embedding; ids without a token are written as unused.
-        pre: the name of the splitting rule, where it is known better than the tokenizer states it.
+        pre: the name of the splitting rule, overriding the detected one.
 
     Raises:
-        UserError: there is no `tokenizer.json`, or it is of a kind that is not written.
+        UserError: there is no `tokenizer.json`, or its kind is not supported.
     """
     import gguf
 
@@ -96,7 +95,7 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
     added = {int(entry["id"]): entry for entry in data.get("added_tokens", [])}
     tokens = _tokens(folder, found["vocab"], added, vocabulary)
     special = gguf.SpecialVocab(folder, load_merges=byte_level, special_token_types=(), n_vocab=vocabulary)
-    # What transformers does counts, not what the files say.
+    # Use the behaviour of transformers, not the settings in the files.
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
     special.special_token_ids = {name: int(i) for name, i in ids.items() if i is not None and i < vocabulary}
     special.add_special_token = _adds(tokenizer)
@@ -114,7 +113,7 @@ def gguf_tokenizer(folder: Path, tokenizer: Any, vocabulary: int, *, pre: str | 
 
 def _unsupported(folder: Path, found: str) -> UserError:
     return UserError(
-        f"{folder / 'tokenizer.json'} is {found}; byte-level BPE, and BPE with byte fallback, are written.",
+        f"{folder / 'tokenizer.json'} is {found}; only byte-level BPE and BPE with byte fallback are supported.",
         "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
     )
 
@@ -128,8 +127,8 @@ def _tokens(folder: Path, vocab: Mapping[str, int], added: Mapping[int, Any], vo
     beyond = [token for index, token in pairs if index >= vocabulary]
     if beyond:
         raise UserError(
-            f"{folder / 'tokenizer.json'}: the embedding has {vocabulary:,} rows, and none for {few(beyond)}.",
-            "Tokenizer and weights do not belong together; get the checkpoint again.",
+            f"{folder / 'tokenizer.json'}: the embedding has {vocabulary:,} rows, but none for {few(beyond)}.",
+            "Tokenizer and weights do not match; download the checkpoint again.",
         )
     for index, token in pairs:
         tokens[index] = token
@@ -151,7 +150,7 @@ def _type(index: int, token: str | None, added: Mapping[int, Any], byte_level: b
 
 
 def _scores(tokens: Sequence[str | None], merges: Sequence[str | Sequence[str]]) -> list[float]:
-    """SentencePiece joins what has the best score first, BPE what was merged first: the rank with its sign turned."""
+    """Scores from merge ranks: SentencePiece merges the best score first, BPE the lowest rank, so a score is -rank."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -160,7 +159,7 @@ def _scores(tokens: Sequence[str | None], merges: Sequence[str | Sequence[str]])
 
 
 def _adds(tokenizer: Any) -> dict[str, bool]:
-    """Whether it puts its first and last token around a text: what it does, not what its settings say."""
+    """Whether it adds a first and a last token to a text, by its behaviour, not its settings."""
     ids = list(tokenizer("a")["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return {
@@ -170,14 +169,14 @@ def _adds(tokenizer: Any) -> dict[str, bool]:
 
 
 def _steps(entry: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be a sequence or one alone."""
+    """The steps of a normalizer or pre-tokenizer, which may be one step or a sequence."""
     if entry is None:
         return []
     return list(entry[inner]) if entry.get("type") == "Sequence" else [entry]
 
 
 def _prefixes_space(data: Mapping[str, Any]) -> bool:
-    """Whether a text is read as if a space stood before it."""
+    """Whether a space is prepended to a text."""
     for step in [*_steps(data.get("normalizer"), "normalizers"), *_steps(data.get("pre_tokenizer"), "pretokenizers")]:
         if step["type"] == "Prepend":
             return True
@@ -199,20 +198,20 @@ def _pre(folder: Path, data: Mapping[str, Any]) -> str:
         else:
             steps.append(f"{step['type']} {json.dumps(step)}")
     name = _SPLITS.get(tuple(steps))
-    # Composing characters, as Qwen does it, is part of no rule's name.
+    # Composing characters, as in Qwen, is not part of any rule's name.
     others = [step for step in _steps(data.get("normalizer"), "normalizers") if step["type"] != "NFC"]
     if name is None or others:
         text = " then ".join([*(str(step) for step in others), *steps]) or "nothing"
         raise UserError(
-            f"{folder / 'tokenizer.json'} splits text by a rule that is none of {', '.join(_SPLITS.values())}: "
+            f"{folder / 'tokenizer.json'} splits text by a rule other than {', '.join(_SPLITS.values())}: "
             f"{text if len(text) < 300 else text[:300] + ' ...'}.",
-            "Where you know what llama.cpp calls this rule, pass --tokenizer-pre NAME.",
+            "If you know llama.cpp's name of this rule, pass --tokenizer-pre NAME.",
         )
     return name
 
 
 def add_tokenizer(writer: Any, found: GgufTokenizer) -> None:
-    """Put the tokenizer into a `gguf.GGUFWriter`."""
+    """Write the tokenizer to a `gguf.GGUFWriter`."""
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(list(found.tokens))
@@ -233,7 +232,7 @@ class GgufTensor:
     source: str | None
     shape: tuple[int, ...]
     kind: str
-    # heads whose rows change places
+    # heads whose rows are permuted
     heads: int | None = None
 
     @property
@@ -244,16 +243,16 @@ class GgufTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufPlan:
-    """All that a file will hold, but for the weights themselves."""
+    """Everything in a file except the weights."""
 
     kind: str
     name: str
-    # what llama.cpp calls the architecture
+    # llama.cpp's name of the architecture
     graph: str
     layers: int
-    # the config as transformers reads it
+    # the config read by transformers
     config: Any
-    # positions that give the same results as in transformers
+    # positions with the same results as in transformers
     context: int
     # why the context is shorter than the config's
     shortened: str | None
@@ -270,15 +269,15 @@ class GgufPlan:
 def plan_gguf(
     checkpoint: Checkpoint, tokenizer: Any, kind: str, *, name: str, tokenizer_pre: str | None = None
 ) -> GgufPlan:
-    """Everything about a file that can be known, and be wrong, before a weight is read.
+    """Plan a file, and find its problems, before reading weights.
 
     Args:
         kind: one of `KINDS`, for matrices; vectors are always in 32 bits.
-        name: what the file calls the model.
-        tokenizer_pre: what llama.cpp calls the tokenizer's rule for splitting text, where that is not found out.
+        name: the model's name in the file.
+        tokenizer_pre: llama.cpp's name of the tokenizer's splitting rule, if it is not detected.
 
     Raises:
-        UserError: the package `gguf` is not there, or the model cannot be written as GGUF.
+        UserError: the package `gguf` is missing, or the model cannot be written as GGUF.
     """
     if kind not in KINDS:
         raise UserError(f"--gguf is {kind!r}.", f"Choose one of {', '.join(KINDS)}.")
@@ -286,7 +285,7 @@ def plan_gguf(
     family = str(checkpoint.config["model_type"])
     if family not in _GRAPHS:
         raise UserError(
-            f"{checkpoint.folder}: models of type {family} are not exported to GGUF, only {', '.join(_GRAPHS)}.",
+            f"{checkpoint.folder}: models of type {family} cannot be exported to GGUF, only {', '.join(_GRAPHS)}.",
             "Use llama.cpp's own converter, convert_hf_to_gguf.py, on the folder: it is a stock checkpoint.",
         )
     config: Any = stock_config(checkpoint)
@@ -315,7 +314,7 @@ def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
     qk_biases = any(name.endswith(("q_proj.bias", "o_proj.bias")) for name in checkpoint.headers)
     Problems(
         Problem(
-            f"{checkpoint.folder}: GGUF and llama.cpp have no place for {found}.",
+            f"{checkpoint.folder}: GGUF and llama.cpp do not support {found}.",
             "Run the folder with transformers or vLLM instead.",
         )
         for wrong, found in (
@@ -329,20 +328,20 @@ def _refuse_unsupported(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def _context(layer_types: tuple[str, ...] | None, config: Any) -> tuple[int, str | None]:
-    """These architectures of GGUF have no sliding window; up to its size it makes no difference."""
+    """The context length: these GGUF architectures have no sliding window, so it ends at the window's size."""
     most = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     slides = layer_types is None or any("sliding" in kind for kind in layer_types)
     if window is None or not getattr(config, "use_sliding_window", True) or not slides or window >= most:
         return most, None
-    note = f"its sliding window of {window:,} tokens has no place in the file; up to there it makes no difference"
+    note = f"GGUF does not support its sliding window of {window:,} tokens, which has no effect up to there"
     return int(window), note
 
 
 def _tensors(
     checkpoint: Checkpoint, graph: str, scales: npt.NDArray[np.float32] | None, kind: str
 ) -> Iterator[GgufTensor]:
-    """Everything to write, in order."""
+    """All tensors to write, in order."""
     import gguf
 
     architecture = checkpoint.architecture
@@ -369,10 +368,10 @@ def _tensors(
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, out: Path) -> None:
-    """Write the file; a few rows of one tensor are in memory at a time.
+    """Write the file, with a few rows of one tensor in memory at a time.
 
     Raises:
-        UserError: a value does not fit, or the disk is full. Nothing stays of the file then.
+        UserError: a value does not fit, or the disk is full; the file is removed.
     """
     import gguf
 
@@ -445,7 +444,7 @@ def _entries(tensor: GgufTensor, checkpoint: Checkpoint, plan: GgufPlan) -> Iter
     """The tensor's bytes in the file, some rows at a time.
 
     Raises:
-        UserError: a value does not fit into 16 bits, or is no finite number.
+        UserError: a value does not fit into 16 bits, or is not finite.
     """
     if tensor.source is None:
         assert plan.divisors is not None, "only the divisors have no source"

@@ -1,8 +1,9 @@
-"""What every runtime may expect of a model folder, checked on its files and by loading and running it.
+"""Checks of what every runtime expects of a model folder, on its files and by loading and running it.
 
-A folder that passes is a stock checkpoint: a class that transformers has, a config that agrees with itself and with
-the weights, files that are whole, and the tokenizer of the model that it was made from. A check is a function of a
-`Subject`: it returns what it found, and raises `UserError` where something is wrong, or `Skipped`."""
+A folder that passes is a stock checkpoint: a class of transformers, a config that agrees with itself and the weights,
+complete files, and the tokenizer of the source model. A check is a function of a `Subject`: it returns its finding, or
+raises `UserError` for a failure, or `Skipped`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from intarsia.recipe import schema
 Outcome = Literal["ok", "failed", "skipped"]
 _MOST_NAMED = 5
 _BUILD_AGAIN = "Build the folder again."
-_AGAIN = "Copy the tokenizer's files from the model that this one was made from, or build it again."
+_AGAIN = "Copy the tokenizer's files from the source model, or build the folder again."
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEXT = "A model that was made shallower should still say what it said before, word by word"
 _NEW_TOKENS = 12
@@ -39,22 +40,22 @@ _NEW_TOKENS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check of a model folder, and what came of it."""
+    """The outcome of one check of a model folder."""
 
     check: str
     outcome: Outcome
-    # or why nothing was looked at
+    # the finding, or why the check was skipped
     found: str
     # only after a failure
     remedy: str | None = None
 
 
 class Skipped(Exception):
-    """Raised inside a check that has nothing to look at; its text says why."""
+    """Raised by a check that does not apply, with the reason."""
 
 
 class Subject:
-    """The folder that is checked, with what earlier checks have opened."""
+    """The folder to check, with the objects that earlier checks opened."""
 
     def __init__(self, folder: Path, max_shard_bytes: int) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
@@ -66,10 +67,10 @@ class Subject:
         """The folder as a checkpoint.
 
         Raises:
-            Skipped: the check `tensors` has failed.
+            Skipped: the check `tensors` failed.
         """
         if self.opened is None:
-            raise Skipped("the tensors are not those of the config")
+            raise Skipped("the tensors do not match the config")
         return self.opened
 
 
@@ -87,8 +88,7 @@ def checked(name: str, look: Callable[[Subject], str], subject: Subject) -> Chec
 
 
 def architecture(subject: Subject) -> str:
-    """The model's class is one of transformers' own, and the folder brings no code; or it is the folder's, which
-    is trusted."""
+    """The model's class is in transformers, and the folder has no code; or the folder's code is trusted."""
     import transformers
 
     folder = subject.folder
@@ -112,15 +112,15 @@ def architecture(subject: Subject) -> str:
     elif classes[0] not in stock:
         kind = config.get("model_type")
         problems.append(
-            _problem(f"{where}: architectures", f"{stock}, as model_type is {kind}", classes[0], "Correct the config.")
+            _problem(f"{where}: architectures", f"{stock}, for model_type {kind}", classes[0], "Correct the config.")
         )
     problems.raise_any()
     assert isinstance(classes, list)
-    return f"{classes[0]}, of the model's own code" if own else str(classes[0])
+    return f"{classes[0]}, from the model's own code" if own else str(classes[0])
 
 
 def config_agrees(subject: Subject) -> str:
-    """The config is one of a known decoder, has every layer's entries, and transformers reads the same out of it."""
+    """The config is a known decoder's, has entries for every layer, and transformers reads the same values."""
     from transformers import AutoConfig
 
     folder = subject.folder
@@ -130,9 +130,9 @@ def config_agrees(subject: Subject) -> str:
     architecture = architecture_of(config, where=str(folder / "config.json"))
     try:
         read: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except Exception as error:  # what comes out of a config that a class refuses differs from class to class
+    except Exception as error:  # config classes fail in different ways
         raise UserError(
-            _problem(folder / "config.json", "a config that transformers reads", in_words(error))
+            _problem(folder / "config.json", "a config that transformers accepts", in_words(error))
         ) from error
     lists = {name: len(value) for name, value in (("layer_types", getattr(read, "layer_types", None)),) if value}
     depths = {"num_hidden_layers": read.num_hidden_layers, **lists}
@@ -146,7 +146,7 @@ def config_agrees(subject: Subject) -> str:
 
 
 def index_right(subject: Subject) -> str:
-    """Every tensor is in the file that the index names, every file is named, and none is larger than asked for."""
+    """Every tensor is in the file that the index names, every file is in the index, and none is too large."""
     folder, problems = subject.folder, Problems()
     shards: dict[Path, list[TensorHeader]] = {}
     for header in read_all_headers(folder).values():
@@ -154,14 +154,14 @@ def index_right(subject: Subject) -> str:
     single, index = (folder / SINGLE_FILE).exists(), folder / INDEX_FILE
     strays = [index] if single and index.exists() else []
     strays += sorted(set(folder.glob("*.safetensors")) - shards.keys())
-    expected = f"no other weights beside {SINGLE_FILE}" if single else f"only files that {INDEX_FILE} names"
-    remedy = "Remove the file: runtimes that load every one take it in."
+    expected = f"no other weights beside {SINGLE_FILE}" if single else f"only files in {INDEX_FILE}"
+    remedy = "Remove the file, because some runtimes load every file."
     problems += [_problem(folder, expected, file.name, remedy) for file in strays]
     if not single:
         for file, held in shards.items():
             extra = {header.name for header in read_headers(file)} - {header.name for header in held}
             if extra:
-                problems.append(_problem(file, "only tensors that the index names", few(sorted(extra))))
+                problems.append(_problem(file, "only tensors in the index", few(sorted(extra))))
         metadata, total = _json(index).get("metadata"), sum(each.nbytes for held in shards.values() for each in held)
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         if stated != total:
@@ -177,12 +177,12 @@ def index_right(subject: Subject) -> str:
 
 
 def tensors(subject: Subject) -> str:
-    """All tensors of the config are there, in the right shapes, and no others."""
+    """All tensors of the config exist in the right shapes, and no others."""
     checkpoint = subject.opened = Checkpoint.open(subject.folder, model=str(subject.folder))
     if checkpoint.untied:
         raise UserError(
-            "The config ties the head to the embedding, and the files hold another one.",
-            "Set tie_word_embeddings to false: runtimes differ in which of the two they use.",
+            "The config ties the head to the embedding, but the files hold a different head.",
+            "Set tie_word_embeddings to false, because runtimes differ in which of the two they use.",
         )
     return f"{len(checkpoint.headers) + len(checkpoint.kept)} tensors, {checkpoint.parameters:,} parameters"
 
@@ -194,35 +194,35 @@ def finite(subject: Subject) -> str:
 
 
 def dtype_kept(subject: Subject) -> str:
-    """The embedding and most matrices have the config's dtype, in which transformers loads all of them."""
+    """The embedding and most matrices have the config's dtype, in which transformers loads everything."""
     checkpoint = subject.checkpoint
     config = read_config(checkpoint.folder)
     holders = [config, config[NESTED]] if is_wrapped(config) else [config]
     names = {each.get("dtype") or each.get("torch_dtype") for each in holders} - {None}
     if not names:
-        raise Skipped("the config names no dtype")
+        raise Skipped("the config has no dtype")
     embedding = checkpoint.headers[f"{checkpoint.architecture.family.modules.embedding}.weight"]
     matrices = [each for each in checkpoint.headers.values() if len(each.shape) > 1 and each.dtype.is_floating_point]
     wanted = str(embedding.dtype).removeprefix("torch.")
     others = [header for header in matrices if header.dtype != embedding.dtype]
     Problems(
-        _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, as the embedding has", str(name))
+        _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, the embedding's", str(name))
         for name in sorted(map(str, names))
         if name.removeprefix("torch.") != wanted
     ).raise_any()
     if 2 * len(others) > len(matrices):
         found = f"{str(others[0].dtype).removeprefix('torch.')} for {len(others)} of {len(matrices)} matrices"
-        raise UserError(_problem(checkpoint.folder, f"{wanted}, as the config says", found))
+        raise UserError(_problem(checkpoint.folder, f"{wanted}, the config's", found))
     return wanted + (f", and {len(others)} matrices of another one" if others else "")
 
 
 def sums_right(subject: Subject) -> str:
-    """Every listed file is there and has its hash."""
+    """Every listed file exists and has its hash."""
     folder = subject.folder
     sums = read_sums(folder)
     if sums is None:
         if not (folder / RECIPE_FILE).is_file():
-            raise Skipped(f"no {SUMS_FILE}, as the folder was not built by intarsia")
+            raise Skipped(f"no {SUMS_FILE}, because intarsia did not build the folder")
         raise UserError(_problem(folder, f"a {SUMS_FILE}", "none"))
     total = sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
     with current().task(f"checking {SUMS_FILE}", total) as task:
@@ -235,7 +235,7 @@ def _problem(where: str | Path, expected: str, found: str, remedy: str = _BUILD_
 
 
 def loads(subject: Subject) -> str:
-    """The auto class loads the folder: no tensor is missing, too many or of another shape."""
+    """The auto class loads the folder without missing, additional or misshapen tensors."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, problems = subject.folder, Problems()
@@ -245,16 +245,16 @@ def loads(subject: Subject) -> str:
             model, info = auto.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except Exception as error:  # loading fails in many ways, and each of them is the folder's failure
+    except Exception as error:  # any error of loading is a failure of the folder
         raise UserError(_problem(folder, f"a folder that {auto.__name__} loads", in_words(error))) from error
     faults = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "other shape"}
     for key, what in faults.items():
         names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
-        # Layers after the last one, which predict further tokens, transformers loads apart.
+        # transformers does not load layers after the last one, which predict further tokens.
         depth = model.config.get_text_config().num_hidden_layers
         inside = [name for name in names if not (at := re.search(r"\.layers\.(\d+)\.", name)) or int(at[1]) < depth]
         if inside:
-            problems.append(_problem(folder, "just the tensors of the model", f"{what}: {few(inside)}"))
+            problems.append(_problem(folder, "exactly the tensors of the model", f"{what}: {few(inside)}"))
     problems.raise_any()
     subject.model = model.eval()
     return f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
@@ -262,11 +262,11 @@ def loads(subject: Subject) -> str:
 
 @torch.no_grad()
 def generates(subject: Subject) -> str:
-    """Greedy tokens with the cache are those without; in float32, where no rounding decides."""
+    """Greedy tokens are equal with and without the cache; in float32, so that rounding does not matter."""
     from transformers import GenerationConfig
 
     if subject.model is None:
-        raise Skipped("the model does not load")
+        raise Skipped("the model cannot be loaded")
     folder, model = subject.folder, subject.model.float()
     prompt = _prompt(folder, model.config.get_text_config().vocab_size)
     logits = model(input_ids=prompt).logits
@@ -280,7 +280,9 @@ def generates(subject: Subject) -> str:
         found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         written.append(found[0, prompt.shape[1] :].tolist())
     if written[0] != written[1]:
-        raise UserError(_problem(folder, f"the tokens written without a cache, {written[1]}", f"{written[0]} with one"))
+        raise UserError(
+            _problem(folder, f"the tokens generated without a cache, {written[1]}", f"{written[0]} with one")
+        )
     return f"{len(written[0])} tokens, with and without a cache"
 
 
@@ -289,21 +291,21 @@ def _prompt(folder: Path, vocabulary: int) -> torch.Tensor:
 
     try:
         ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())(_TEXT)["input_ids"][:32]
-    except Exception:  # whether the tokenizer loads is a check of its own
+    except Exception:  # another check covers the tokenizer
         ids = []
     ids = [index for index in ids if index < vocabulary]
     return torch.tensor([ids or [index % vocabulary for index in range(3, 19)]])
 
 
 def tokenizer_kept(subject: Subject) -> str:
-    """The tokenizer loads, fits the embedding, and is the source's where that can be read."""
+    """The tokenizer loads, fits the embedding, and equals the source's, if that can be read."""
     from transformers import AutoTokenizer
 
     folder, vocabulary = subject.folder, subject.checkpoint.architecture.vocabulary
     source = source_folder(folder)
     ours, theirs = _tokenizer_files(folder), set() if source is None else _tokenizer_files(source)
     if not ours and not theirs:
-        raise Skipped("there is no tokenizer" + ("" if source is None else ", nor has the model that it was made from"))
+        raise Skipped("there is no tokenizer" + ("" if source is None else ", as in the source model"))
     Problems(
         _problem(folder / name, "the file of the source", "another one" if name in ours else "no such file", _AGAIN)
         for name in sorted(theirs)
@@ -311,8 +313,8 @@ def tokenizer_kept(subject: Subject) -> str:
     ).raise_any()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts())
-    except Exception as error:  # tokenizers fail in many ways on files that are damaged
-        raise UserError(_problem(folder, "a tokenizer that transformers reads", in_words(error), _AGAIN)) from error
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(_problem(folder, "a tokenizer that transformers can read", in_words(error), _AGAIN)) from error
     highest = max(tokenizer.get_vocab().values(), default=0)
     if source is not None:
         names = [name for name in ("config.json", "generation_config.json") if (source / name).is_file()]
@@ -324,21 +326,21 @@ def tokenizer_kept(subject: Subject) -> str:
             if here.get(key) != there.get(key)
         ).raise_any()
         return f"{highest + 1:,} tokens, the same as those of {source.name}"
-    # A source may have more tokens than rows (some classes add one that was never trained); its cut model has them too.
+    # A source may have more tokens than rows (some classes add an untrained one); so does its pruned model.
     if highest >= vocabulary:
         expected = f"ids below {vocabulary:,}, the embedding's rows"
         raise UserError(_problem(folder, expected, f"{highest:,}", _AGAIN))
-    return f"{highest + 1:,} tokens; the model that it was made from cannot be read"
+    return f"{highest + 1:,} tokens; the source model cannot be read"
 
 
 def generation_config_valid(subject: Subject) -> str:
-    """The generation config can be used, and its tokens exist."""
+    """The generation config is valid, and its tokens exist."""
     from transformers import GenerationConfig
 
     folder, vocabulary = subject.folder, subject.checkpoint.architecture.vocabulary
     file = folder / "generation_config.json"
     if not file.is_file():
-        raise Skipped("there is none: transformers takes its defaults")
+        raise Skipped("there is none, so transformers uses its defaults")
     try:
         config: Any = GenerationConfig.from_pretrained(folder)
         config.validate()
@@ -359,7 +361,7 @@ def generation_config_valid(subject: Subject) -> str:
 
 
 def source_folder(folder: Path) -> Path | None:
-    """The folder of the base that a built model's recipe names, if it can be had without a network."""
+    """The folder of the base in a built model's recipe, if it is available offline."""
     if not (folder / RECIPE_FILE).is_file():
         return None
     recipe = schema.load(folder / RECIPE_FILE)
@@ -375,7 +377,7 @@ def source_folder(folder: Path) -> Path | None:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=variant.revision, local_files_only=True))
-    except Exception:  # not in the cache, in whichever words this version of the client has for it
+    except Exception:  # not in the cache; the error depends on the client's version
         return None
 
 

@@ -2,29 +2,29 @@
 
 An output layer with span (a, b] should turn the output of the healed layers before it into the original's H^b. Its
 output projections (down_proj, o_proj) are fitted by ridge regression on their own inputs toward what is still missing
-of H^b, and shrink toward the weights as they are: down_proj, then o_proj, then down_proj again after the changed
+of H^b, shrunk toward the current weights: down_proj, then o_proj, then down_proj again after the changed
 attention.
-Layers after the first merge that stand for themselves alone have down_proj fitted, and o_proj where that is asked for:
-they correct what those before left. With a plain removal and down_proj alone this is the special case of arXiv
+Unchanged layers after the first merge have down_proj fitted, and o_proj on request: they correct the error that the
+layers before them left. With a plain removal and down_proj alone this is the special case of arXiv
 2505.02819 without its extra matrix.
 
-The student starts where it differs from the teacher. Statistics are Gram matrices, accumulated in a stream: memory is
-one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a fit that does not
-lower the held-out error is not taken.
+The student runs from the first layer that differs from the teacher. Statistics are Gram matrices, accumulated in a
+stream: memory is one layer's, whatever the number of tokens. The ridge strength is chosen on held-out sequences, and a
+fit that does not lower the held-out error is not taken.
 
 Massive activations: a few tokens (attention sinks) have norms a hundred times the others', and plain least squares
 would serve them alone. A token counts with weight 1 / |H^b|^2, as it does to the norm before the next layer.
 
-Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than leaving it alone: what
-the removed layers' attention read is not what this layer's MLP can use (dev/LOG.md, closed form).
+Fitting o_proj toward the span's summed attention outputs instead was measured and is worse than not fitting it: this
+layer's MLP cannot use the outputs of the removed layers' attention (dev/LOG.md, closed form).
 
 An output projection with a norm after it is fitted otherwise (`intarsia.healing.layer_fit`). The experts of a
 mixture are not fitted; o_proj is, in their place.
 
-A fit may have several starting points. What was fitted inside the progressive loop was fitted to the model of that
-time: the same layers with nothing fitted may end nearer to the original, and so may other layers (dev/LOG.md). The
-nearest to the original's next-token distributions on held-out text is the best, not the one of least loss: models of
-equal loss differ in it, and the nearer one is the better one on other text (dev/LOG.md; for removal: arXiv 2410.14649).
+A fit may have several starting points. Tensors fitted inside the progressive loop were fitted to an intermediate model:
+the same layers with nothing fitted, or other layers, may come nearer to the original (dev/LOG.md). The best fit has the
+least KL to the original's next-token distributions on held-out text, not the least loss: of models with equal loss the
+nearer one is better on other text (dev/LOG.md; for removal: arXiv 2410.14649).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe, identity
 
-AS_IT_IS = "as it is"
+AS_IT_IS = "the recipe itself"
 MOST_PASSES = 3
 """Passes of the whole model over the tokens that a fit with optional output projections may take."""
 
@@ -87,10 +87,10 @@ def fit_forwards(recipe: Recipe, settings: ClosedFormSettings, architecture: Arc
 
 
 def fit_passes_at_most(architecture: Architecture) -> int:
-    """Passes of the whole model that a fit with the default parts takes, whatever was pruned: 3 for most families.
+    """Passes of the whole model that a fit with the default parts takes at most: 3 for most families.
 
-    The teacher runs once; each layer that is kept once, and for one projection; each changed one for two more, and
-    there are no more changed layers than removed ones.
+    The teacher runs once, each kept layer once and once more for its projection, each changed layer twice more; no
+    more layers are changed than removed.
     """
     return 1 + 2 * max(passes(architecture, (part,)) for part in PARTS)
 
@@ -117,8 +117,8 @@ def fit(
     """A recipe with fitted output projections, and a report for every one of them.
 
     Args:
-        recipe: any recipe over the teacher's resident model; what is fitted on it already is the starting point.
-        teacher: its hidden states on the calibration text, shared with other fits or not; the fit adds depths.
+        recipe: any recipe over the teacher's resident model; tensors already fitted in it are the starting point.
+        teacher: its hidden states on the calibration text; other fits may share it. The fit adds depths.
         memory_budget: what hidden states may take in memory.
     """
     settings, memory_budget = settings or ClosedFormSettings(), memory_budget or MemoryBudget()
@@ -130,7 +130,7 @@ def fit(
     last = max(parts)
     modules = RecipeLayers(resident, recipe.layers[: last + 1], recipe.fitted).modules
     # Before the first layer that is not the teacher's own, or is fitted, the student's hidden states are the teacher's.
-    own = zip(modules[: min(parts)], teacher.layers, strict=False)  # of a stack, there are more of ours
+    own = zip(modules[: min(parts)], teacher.layers, strict=False)  # a stacked model has more layers than the teacher
     differs = (index for index, (ours, theirs) in enumerate(own) if ours is not theirs)
     first = next(differs, min(min(parts), len(teacher.layers)))
     # Spans of layers with a target do not overlap: no two have the same last layer.
@@ -172,14 +172,15 @@ def fit(
 
 
 def spool_of(resident: LoadedModel, memory_budget: MemoryBudget) -> Path | None:
-    """Where fitted tensors are kept in files: what is fitted on all layers of a streamed model takes more memory than
-    one layer does. None: in memory."""
+    """The folder for fitted tensors; None keeps them in memory.
+
+    Those of all layers of a streamed model would take far more memory than its one resident layer."""
     return (memory_budget.folder or Path(tempfile.gettempdir())) if resident.streams else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A recipe to start from, and what it is called."""
+    """A recipe to start from, with its name in the log and report."""
 
     name: str
     recipe: Recipe
@@ -195,7 +196,7 @@ class FromStart(NamedTuple):
 
 
 class NextTokens:
-    """The original's next-token distributions on a text, for other models to be compared with."""
+    """The original's next-token distributions on a text, to compare other models with."""
 
     def __init__(self, teacher: TeacherStates, corpus: Corpus, memory_budget: MemoryBudget) -> None:
         self.resident = teacher.resident
@@ -217,9 +218,9 @@ class NextTokens:
 
 
 def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
-    """The recipe as it is, and where output projections alone are fitted on it, the same with nothing fitted.
+    """The recipe itself; and, if nothing but output projections is fitted in it, the recipe with nothing fitted.
 
-    What was trained is not done again by a closed form, so it gives no second start.
+    A closed form cannot redo training, so a trained recipe has no second start.
     """
     found = [Start(name=AS_IT_IS, recipe=recipe)]
     names = {name for tensors in recipe.fitted.values() for name in tensors}
@@ -230,7 +231,7 @@ def starts(recipe: Recipe, architecture: Architecture) -> list[Start]:
         modules = {architecture.writer(part).module for part in PARTS} | {norm.module for norm in norms if norm}
     able = {name for module in modules for name in tensor_names(f"{module}.weight", architecture)}
     if names and names <= able:
-        found.append(Start(name="with nothing fitted", recipe=replace(recipe, fitted={})))
+        found.append(Start(name="the recipe with nothing fitted", recipe=replace(recipe, fitted={})))
     return found
 
 
@@ -243,12 +244,12 @@ def fit_each(
     folder: Path,
     memory_budget: MemoryBudget,
 ) -> list[FromStart]:
-    """Fit from every start: the best fit comes first, of equal ones the earlier start's.
+    """Fit from every start; sort the fits, best first, ties in the order of the starts.
 
     Args:
         teacher: its hidden states on the calibration text, which all fits share.
         held_out: text on which the divergence from the original decides.
-        folder: where finished fits are kept, and found again.
+        folder: where finished fits are kept for a resumed run.
 
     Raises:
         UserError: activations are not finite, or the disk is full.
@@ -270,6 +271,6 @@ def fit_each(
             found.append(FromStart(start=start, recipe=recipe, fits=fits, divergence=value))
             task.advance()
     found.sort(key=lambda each: each.divergence)
-    said = ", ".join(f"{each.start.name} {each.divergence:.4f}" for each in found)
-    current().say(f"closed form: held-out KL to the original from the recipe {said}")
+    ranking = ", ".join(f"{each.start.name} {each.divergence:.4f}" for each in found)
+    current().say(f"closed form: held-out KL to the original, by starting point: {ranking}")
     return found

@@ -1,13 +1,12 @@
-"""One layer, fitted in closed form from given inputs toward given outputs. Knows nothing of the other layers.
+"""Fit one layer in closed form, from given inputs toward given outputs, independently of the other layers.
 
-With a norm after an output projection (Gemma 2 and 3, OLMo 2 and 3) what the part adds is `s * g * y / rms(y)` with
-`y = W x`: not linear in W, so that the missing residual is not what a change of W gives. Two steps, each taken only
-where it lowers the held-out error:
+With a norm after an output projection (Gemma 2 and 3, OLMo 2 and 3) the part adds `s * g * y / rms(y)` with `y = W x`,
+which is not linear in W. So there are two steps, each accepted only if it lowers the held-out error:
 
 1. `g`, in which it is linear: one factor a row, by ridge regression of the missing residual on `s * y / rms(y)`.
 2. `W`, by one Gauss-Newton step that takes rms(y) as given: `g * D` is regressed on `x / rms(y)`. The regression does
-   not say how far this leads: the weight of every strength is measured after the norm, on held-out
-   sequences.
+not know the effect after the norm, so the weight of every strength is measured there, on held-out
+sequences.
 
 Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` features, `D` residual width, `K` strengths.
 """
@@ -36,7 +35,7 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.recipe.schema import spooled
 
 EVERY = 2
-"""Every second strength is tried: each that is tried has a weight in memory while held-out tokens are run."""
+"""Try every second strength only: each keeps a weight in memory while held-out tokens are run."""
 _SMALL = 0.05  # of the root mean square of g: rows that the norm scales by less are hardly changed
 
 
@@ -44,19 +43,19 @@ _SMALL = 0.05  # of the root mean square of g: rows that the norm scales by less
 class FitTokens:
     """The tokens of a batch that went through the layer."""
 
-    # The output projection, and what goes into it.
+    # The output projection, and its input.
     projection: nn.Module
     x_NC: Tensor
-    # What is missing after the layer.
+    # The missing residual after the layer.
     missing_ND: Tensor
-    # What a token counts.
+    # Weight of each token.
     weight_N: Tensor
     # True at held-out tokens.
     held_N: Tensor
 
     @property
     def y_ND(self) -> Tensor:
-        """What comes out of the output projection."""
+        """The output of the output projection."""
         y_ND: Tensor = self.projection(self.x_NC)
         return y_ND
 
@@ -81,7 +80,7 @@ class PostNorm:
         return weight
 
     def added(self, y_ND: Tensor) -> Tensor:
-        """What the residual stream gets from the projection's output."""
+        """What is added to the residual stream for an output of the projection."""
         return self.scale * self.norm(y_ND).float()
 
     def unit(self, y_ND: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class PostNorm:
 
 
 def fit_norm(norm: PostNorm, passes: Passes, ridges: Sequence[float], *, where: str) -> tuple[Tensor | None, Fit]:
-    """The norm's weight that comes closest to what is missing, in its dtype; None where its own is best. One pass.
+    """The norm weight of least error, in its dtype; None where the current one is best. One pass.
 
     Raises:
         UserError: activations are not finite.
@@ -133,9 +132,9 @@ def fit_norm(norm: PostNorm, passes: Passes, ridges: Sequence[float], *, where: 
 def fit_weight(
     norm: PostNorm, own_DC: Tensor, passes: Passes, ridges: Sequence[float], *, where: str
 ) -> tuple[Tensor | None, Fit]:
-    """The output projection's weight that comes closest to what is missing, in its dtype; None where its own is best.
+    """The output projection's weight of least error, in its dtype; None where the current one is best.
 
-    Two passes: one for the regression, one to measure. The fit holds no change: that would be a copy.
+    Two passes: one for the regression, one to measure. The returned fit holds no change, which would be a copy.
 
     Raises:
         UserError: activations are not finite.
@@ -155,7 +154,7 @@ def fit_weight(
     weights: dict[float, Tensor] = {}
     for ridge in ridges[::EVERY]:
         change_DC = gram.change(ridge)
-        if change_DC is not None:  # as it would be stored: what is measured is what is kept
+        if change_DC is not None:  # rounded as stored: what is measured is what is kept
             weights[ridge] = (own_DC.float() + inverse_D[:, None] * change_DC).to(own_DC.dtype)
     del gram  # held-out tokens are run now
     before, after_K = _held_out_errors(norm, own_DC, list(weights.values()), passes)
@@ -170,7 +169,7 @@ def fit_weight(
 def _held_out_errors(
     norm: PostNorm, own_DC: Tensor, weights_KDC: Sequence[Tensor], passes: Passes
 ) -> tuple[float, list[float]]:
-    """Weighted squared error per held-out token, with the weight as it is and with each of the others."""
+    """Weighted squared error per held-out token, with the current weight and with each of the others."""
     before, tokens = 0.0, 0
     after_K = [0.0] * len(weights_KDC)
     for batch in passes():
@@ -194,7 +193,7 @@ _ROWS = 256  # of a fitted tensor, written at a time
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFit:
-    """What was fitted on one module. Errors are on held-out tokens; `ridge` is None where nothing was better."""
+    """The fit of one module. Errors are on held-out tokens; `ridge` is None where no fit was better."""
 
     layer: int
     module: str
@@ -208,12 +207,12 @@ class LayerText:
     """The text that a layer is fitted on. The layer is run over it once for every output projection."""
 
     loop: Loop
-    # The hidden states before the layer, and those that it should give.
+    # The hidden states before the layer, and its targets.
     inputs: Read
     targets: Read
-    # The original layer whose other arguments it takes.
+    # The original layer whose other arguments (masks, positions) it takes.
     source: int
-    # The sequences that are used.
+    # The sequences to fit on.
     sequences: slice
 
 
@@ -240,14 +239,14 @@ def fit_layer(
     settings: ClosedFormSettings,
     spool: Path | None = None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], list[LayerFit]]:
-    """Fit a layer's output projections in place, one after the other, each toward what is then missing.
+    """Fit a layer's output projections in place, one after the other, each toward the residual still missing.
 
     A norm after an output projection is fitted before it.
 
     Args:
-        module: its output projections get new parameters, so it must be no layer that is to stay as it is (see `twin`).
-        index: what the layer is called in reports and errors.
-        spool: on whose disk new tensors are kept, in files without a name; None: in memory.
+        module: its output projections get new parameters, so pass a `twin` of a layer that must not change.
+        index: the layer's number in reports and errors.
+        spool: folder on whose disk new tensors are kept, in unnamed files; None keeps them in memory.
 
     Returns:
         The new tensors by name, in float32 as rounded to the layer's dtype, and a report of every module.
@@ -307,8 +306,7 @@ class PartFit:
         return self.name, found.applied(own), replace(found, change_DC=None)  # as large as the weight in float32
 
     def measured(self, weight: Tensor, found: Fit) -> tuple[Tensor | None, Fit]:
-        """An output projection's new weight with the error that it really leaves; None where that is no less than
-        before."""
+        """An output projection's new weight with its measured error; None where that is no smaller than before."""
         own = self.target.weight
         self.target.weight = nn.Parameter(weight, requires_grad=False)
         total, tokens = 0.0, 0
@@ -323,7 +321,7 @@ class PartFit:
         return None, replace(found, change_DC=None, ridge=None, error_after=found.error_before)
 
     def _moments(self) -> tuple[Gram, Gram]:
-        """Moments of the inputs and of what is missing: to fit on, and of held-out sequences."""
+        """Moments of inputs and missing residuals: of fitted and of held-out sequences."""
         width, features = self.target.weight.shape
         fitted, held_out = (Gram(features, width, self.text.loop.stream.device) for _ in range(2))
         for batch in self._tokens():
@@ -334,7 +332,7 @@ class PartFit:
         return fitted, held_out
 
     def _tokens(self) -> Iterator[FitTokens]:
-        """The text's tokens after the layer as it is now, batch by batch."""
+        """The text's tokens after the current layer, batch by batch."""
         text = self.text
         layer = Placed(self.module, text.source)
         for passed in text.loop.outputs(layer, text.inputs, sequences=text.sequences, inputs=(self.part,)):
@@ -353,14 +351,13 @@ class PartFit:
 
 
 def _measured_again(part: Part, architecture: Architecture) -> bool:
-    """Whether the layer is run once more after a fit: the experts after o_proj are chosen by what they read, which no
-    regression foresees, and are not fitted themselves."""
+    """Whether to run the layer again after a fit: a new o_proj changes the routing, which no regression foresees."""
     mixture = architecture.is_mixture("mlp") or architecture.removal_only
     return part == "attention" and mixture and not architecture.parallel
 
 
 def _kept(weight: Tensor, spool: Path | None) -> npt.NDArray[np.float32]:
-    """A fitted tensor as a recipe keeps it."""
+    """A fitted tensor in the form that recipes keep."""
     if spool is None:
         return weight.float().cpu().numpy()
     rows = (part.float().cpu().numpy() for part in weight.split(_ROWS))

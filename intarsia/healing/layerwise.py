@@ -1,12 +1,12 @@
-"""Layerwise distillation: every output layer that needs it is trained from the original's H^start toward H^stop.
+"""Layerwise distillation: train each changed output layer from the original's H^start toward H^stop.
 
 Layers are trained one after the other, and do not depend on one another, unless their inputs are those of the
 trained layers before them (`inputs="student"`, the default). The teacher is run once, only as deep as the next layer
 needs; a depth is dropped when no layer needs it any more, so that two depths are stored at a time.
 
 The layer computes in the dtype that it will be stored in; its parameters and the optimiser's state are float32. So the
-held-out loss, by which the best state is chosen, is that of the tensors as they will be built. Nothing is random but
-the order of the data: whole, or continued after a kill, the result is the same.
+held-out loss, which chooses the best state, is that of the stored tensors. Only the order of the data is random: a
+resumed training ends with the same result.
 
 Padding is on the right and attention looks back only, so real tokens are the same with and without the padding mask. It
 is left out, which makes a layer's arguments the same for every batch of a size; the losses skip padding.
@@ -47,11 +47,11 @@ from intarsia.progress import Task, current
 from intarsia.recipe.recipe import Fitted, Recipe
 
 AfterStep: TypeAlias = Callable[[Standing, float], None]
-"""Called after every step with where the training stands, and the loss of the step."""
+"""Called after every step with the state of the training and the loss of the step."""
 
 
 class Trained(NamedTuple):
-    """The new tensors of a layer, none where nothing was better than what it had; and a report (see `Standing`)."""
+    """The new tensors of a layer, none where training did not improve it; and a report (see `Standing`)."""
 
     tensors: Mapping[str, Tensor]
     report: dict[str, Any]
@@ -70,7 +70,7 @@ def trained_names(parameters: Sequence[str], only: Sequence[str]) -> tuple[str, 
     for word in only:
         if not any(fits(name, word) for name in parameters):
             raise UserError(
-                f"--only {word!r} names no tensor or module of a layer; there are {', '.join(parameters)}.",
+                f"--only {word!r} names no tensor or module of a layer, which has {', '.join(parameters)}.",
                 "Name one of them, or a part of a name, such as down_proj or mlp.",
             )
     return tuple(name for name in parameters if not only or any(fits(name, word) for word in only))
@@ -130,7 +130,7 @@ class LayerTraining:
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        """Mean loss of the held-out sequences, each counting the same."""
+        """Mean loss of the held-out sequences, all with equal weight."""
         text, sums = self.text, []
         for start in range(text.train, len(text.ids_NT), self.schedule.batch):
             rows = list(range(start, min(start + self.schedule.batch, len(text.ids_NT))))
@@ -190,7 +190,7 @@ class LayerTraining:
 
 
 def _state_path(folder: Path, index: int, kind: str) -> Path:
-    """Where a layer's state (kind `state`), or what came of it (`done`), is kept."""
+    """The file of a layer's state (kind `state`) or result (kind `done`)."""
     return folder / f"layer-{index:03d}.{kind}.safetensors"
 
 
@@ -204,13 +204,13 @@ def train(
     folder: Path | None = None,
     memory_bytes: int | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
-    """The recipe with trained tensors of the layers for which that lowered the held-out loss, and a report by layer.
+    """The recipe with the trained tensors of all layers whose held-out loss dropped, and a report by layer.
 
     Args:
-        recipe: what is fitted in it is the starting point.
+        recipe: its fitted tensors are the starting point.
         resident: the recipe's base.
         teacher: the base itself by default; must fit (see `check_teacher`).
-        folder: where state is kept, to continue after a kill. What it holds must be of the same call.
+        folder: where state is kept to resume after a kill; it must belong to the same call.
         memory_bytes: what hidden states may take in memory before they go to files.
 
     Raises:
@@ -222,7 +222,7 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{PREFIX}*"):  # a killed run's
             shutil.rmtree(stale, ignore_errors=True)
-        # A layer's masters, optimiser state and best tensors, as finished and as they are on the way.
+        # A layer's master weights, optimiser state and best tensors; the finished file and the state may both exist.
         most = 20 * resident.architecture.layer_parameters
         require_room(folder, most, "the state of one layer's training", option="--run")
         for index in indices:
@@ -238,7 +238,7 @@ def train(
                 task.advance(work.tokens - trained.report["tokens"])
                 found[index] = trained
                 if not trained.tensors:
-                    current().say(f"layer {index}: no training lowered the held-out loss; it stays as it was")
+                    current().say(f"layer {index}: training did not lower the held-out loss; unchanged")
                 stopped = trained.report["stopped"]
                 if stopped is not None and "loss was" in stopped:
                     current().say(f"layer {index} diverged: {stopped}; its best state before that is kept")
@@ -264,7 +264,7 @@ class Work:
         self.recipe, self.resident, self.text, self.settings, self.folder = recipe, resident, text, settings, folder
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len)
         self.step_tokens = self.schedule.batch * text.seq_len
-        # Tokens that one layer is trained on, if it is not stopped early.
+        # Tokens that one layer is trained on without early stopping.
         self.tokens = self.schedule.steps * self.step_tokens
         self.names = trained_names(parameter_names(resident.architecture), settings.only)
         corpus = Corpus.of(text.ids_NT, description="training text", documents=1)
@@ -331,7 +331,7 @@ class Work:
             return module, {size: self.loop.stream.calls(self.text.ids_NT[:size], None)[donor] for size in sizes}
 
     def shown(self, task: Task, title: str) -> AfterStep:
-        """Shows the steps of a layer's training, those of an earlier process with the first one."""
+        """A callback that shows the steps of a layer's training; its first call counts the steps before a restart."""
         steps = 0
 
         def after_step(standing: Standing, loss: float) -> None:
@@ -343,7 +343,7 @@ class Work:
         return after_step
 
     def fitted(self, found: Mapping[int, Trained]) -> Fitted:
-        """What is fitted in the recipe, with what was trained."""
+        """The recipe's fitted tensors, updated with the trained ones."""
         fitted = dict(self.recipe.fitted)
         for index, trained in found.items():
             if trained.tensors:

@@ -4,16 +4,16 @@
 log-probabilities. The other two of hidden states are additions. All are means over real tokens, in float32, teacher
 first.
 
-A few tokens carry massive activations (attention sinks): their norms are a hundred times the others', and a plain
-squared error serves them alone. `weighting` of the squared error decides what such a token counts:
+A few tokens carry massive activations (attention sinks): their norms are a hundred times the others', and dominate a
+plain squared error. `weighting` sets the weight of such tokens:
 
-- `relative`: every token's error is measured against its own norm;
-- `clip`: a token longer than `CLIP` times the batch's median norm counts as if it were that long;
-- `uniform`: every token's error counts as it is.
+- `relative`: every token's error is relative to its own norm;
+- `clip`: a norm above `CLIP` times the batch's median counts as that much;
+- `uniform`: all tokens have the same weight.
 
-The losses of logits are functions of a block of rows. `over_rows` applies them to all tokens without ever holding the
-logits of all tokens: block by block it goes from hidden state through the head to the loss and straight back to the
-gradient of the hidden state. The head is frozen, so that gradient is all that is needed.
+The losses of logits are functions of a block of rows. `over_rows` applies them to all tokens without holding all
+logits: block by block it computes the loss and, at once, the gradient of the hidden state. The head is frozen, so no
+other gradient is needed.
 
 Shape suffixes: `N` tokens, `D` residual width, `V` vocabulary; `...` is any arrangement of tokens.
 """
@@ -45,7 +45,7 @@ def hidden_kl(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -> T
 def hidden_mse(
     teacher: Tensor, student: Tensor, mask: Tensor | None = None, *, weighting: Weighting = "relative"
 ) -> Tensor:
-    """Squared error as a share of the teacher's squared size: 0 is equal, 1 is as bad as all zeros.
+    """Squared error as a share of the teacher's squared norm: 0 for equal states, 1 for all zeros.
 
     sum_n w_n |s_n - t_n|^2 / sum_n w_n |t_n|^2 over real tokens n.
     """
@@ -72,7 +72,7 @@ def hidden_loss(
     cosine: float,
     weighting: Weighting = "relative",
 ) -> Tensor:
-    """The weighted sum of the three; one whose weight is 0 is not computed."""
+    """The weighted sum of the three; those with weight 0 are not computed."""
     total = torch.zeros((), device=student.device)
     if kl:
         total = total + kl * hidden_kl(teacher, student, mask)
@@ -84,7 +84,7 @@ def hidden_loss(
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of `values` where `mask` is True; 0 where it is nowhere."""
+    """The mean of `values` where `mask` is True; 0 if it is nowhere."""
     if mask is None:
         return values.mean()
     # Values at padding may be anything, NaN too.
@@ -92,7 +92,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def token_weights(size: Tensor, mask: Tensor | None, weighting: Weighting) -> Tensor:
-    """What each token counts; `size` is the teacher's squared norm."""
+    """The weight of each token; `size` is the teacher's squared norm."""
     if weighting == "relative":
         weight = size.clamp_min(_TINY).reciprocal()
     elif weighting == "clip":
@@ -104,7 +104,7 @@ def token_weights(size: Tensor, mask: Tensor | None, weighting: Weighting) -> Te
 
 
 LossOfRows = Callable[[Tensor, slice], Tensor]
-"""From float32 logits `[N, V]` of some rows, and which rows these are, to each row's loss `[N]`."""
+"""Maps float32 logits `[N, V]` of some rows, and the slice of these rows, to each row's loss `[N]`."""
 
 _CPU_ROWS = 128
 _CUDA_ROWS = 2048
@@ -133,7 +133,7 @@ def over_rows(hidden_ND: Tensor, head: Callable[[Tensor], Tensor], losses: LossO
         hidden_ND: what the student's head reads.
         head: `[N, D] -> [N, V]`, row by row. Its parameters get no gradient.
         losses: each row's loss.
-        weight_N: what each row counts; rows with 0 may hold anything finite.
+        weight_N: weight of each row; rows with 0 may hold anything finite.
     """
     total: Tensor = _OverRows.apply(hidden_ND, head, losses, weight_N)
     return total

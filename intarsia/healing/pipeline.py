@@ -88,6 +88,8 @@ class HealContext:
     starts: tuple[Start, ...] = ()
     # The base's hidden states on the calibration text, where they are known already.
     states: TeacherStates | None = None
+    # Frees them.
+    release: Callable[[], None] = lambda: None
     # What hidden states may take in memory, and tokens in a batch; None by the memory there is.
     memory_bytes: int | None = None
     batch_tokens: int | None = None
@@ -326,6 +328,9 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
             fresh = known is None or known["key"] != key
             if fresh and (main or (chosen is not None and chosen.entry.facts.get("whole_model"))):
                 started = time.perf_counter()
+                if chosen is not None and chosen.entry.facts.get("whole_model") and context.states is not None:
+                    context.states = None  # training needs the memory
+                    context.release()
                 with progress.current().task("", 1, units=units):
                     found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
                     if main:

@@ -3,7 +3,7 @@
 A linear layer `y = W x` is changed by `D` so that `(W + D) x` comes closer to a target: with the residual
 `r = target - W x`, minimise `sum_n w_n |r_n - D x_n|^2 + ridge * s * |D|^2`. `s` is the mean of the features' weighted
 second moments, so `ridge` is relative to their scale. As `ridge` grows `D` goes to zero: shrinkage is toward the
-weights as they are.
+current weights.
 
 Shape suffixes: `N` tokens, `C` features, `D` residual width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from intarsia.activations.statistics import require_finite
 
 USUAL = 0.3
-"""The search for a strength starts near this one: most fits of the demo model's layers choose it or a neighbour."""
+"""Where the search for a strength starts: most fits of the demo model's layers choose it or a neighbour."""
 
 _BLOCKS, _LEAST_BLOCK = 8, 256
 
@@ -42,7 +42,7 @@ class Gram:
         self._mirrored = True
 
     def add(self, x_NC: Tensor, r_ND: Tensor, weight_N: Tensor) -> None:
-        """Count a batch of tokens: features, residuals that are missing, and weights (0 leaves a token out)."""
+        """Add a batch of tokens: features, missing residuals, and weights (0 ignores a token)."""
         root_N1 = weight_N.to(self.dtype).sqrt()[:, None]
         x_NC, r_ND = x_NC.to(self.dtype) * root_N1, r_ND.to(self.dtype) * root_N1
         for rows in self._blocks:  # the upper triangle alone: half of the products
@@ -61,7 +61,7 @@ class Gram:
         return self._xx_CC, self._xr_CD
 
     def error(self, change_DC: Tensor | None = None) -> float:
-        """Weighted squared error per token that is left when the weights change by this much (None: not at all)."""
+        """Weighted squared error per token after a change of the weights (None: without one)."""
         total = self.rr
         if change_DC is not None:
             xx_CC, xr_CD = self.moments()
@@ -108,16 +108,16 @@ class Fit:
     error_after: float
 
     def applied(self, own_DC: Tensor) -> Tensor | None:
-        """The new weight, in the dtype of the one that it replaces; None where nothing was better."""
+        """The new weight, in the dtype of the old one; None where there is no better one."""
         return None if self.change_DC is None else (own_DC.float() + self.change_DC).to(own_DC.dtype)
 
 
 def choose(fit: Gram, held_out: Gram, ridges: Sequence[float], *, where: str) -> Fit:
-    """The strength whose change leaves the least error on held-out tokens, or no change at all.
+    """The change of the ridge strength with the least held-out error, or no change.
 
-    The error falls and then rises with the strength, so the search walks down along `ridges` (ascending) from the usual
-    one, and stops where neither neighbour is better: three or four of them are tried. A strength that is too small to
-    be solved for counts as worse than any.
+    The error falls and then rises with the strength, so the search starts at the usual one, walks down along `ridges`
+    (ascending), and stops where neither neighbour is better: three or four are tried. A strength too small to solve for
+    counts as the worst.
 
     Raises:
         UserError: the statistics are not finite.

@@ -13,14 +13,14 @@ from intarsia.flags import flag, options_of
 from intarsia.recipe.recipe import Op, Recipe, Select, Span
 
 Layers: TypeAlias = Literal["spans", "after"]
-"""Which output layers a stage changes. `spans`: those that stand for more than one original layer, or were merged;
-`after`: these, and every layer after the first of them, which can correct what those before left."""
+"""Which output layers a stage changes. `spans`: those with a span of several original layers, or merged ones; `after`:
+these, and every layer after the first of them, which can correct the errors before it."""
 
 Weighting: TypeAlias = Literal["relative", "clip", "uniform"]
-"""What a token counts in a squared error, see `intarsia.healing.losses`."""
+"""The weight of a token in a squared error; see `intarsia.healing.losses`."""
 
 Check: TypeAlias = tuple[bool, tuple[str, ...], str]
-"""Whether settings are right, their names, and what is expected of them."""
+"""Whether a condition on settings holds, their names, and the expected value."""
 
 RIDGES = tuple(10.0**exponent for exponent in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 
@@ -36,7 +36,7 @@ class Checked:
                 flags = " + ".join(f"--{options[name].key}" for name in names)
                 values = " + ".join(str(getattr(self, name)) for name in names)
                 problems.add(
-                    f"{flags} is {values}; expected is {expected}.", "Give such a value, or leave the option out."
+                    f"{flags} is {values}; it must be {expected}.", "Give such a value, or leave the option out."
                 )
         for option in options.values():
             if get_origin(option.kind) is Literal:  # the type of other values says enough
@@ -49,7 +49,7 @@ class Checked:
         return iter(())
 
     def at_least(self, least: int, *names: str) -> Iterator[Check]:
-        """That whole numbers are no smaller; those that are None are not given."""
+        """Require whole numbers of at least `least`; None counts as not given."""
         for name in names:
             value = getattr(self, name)
             yield value is None or value >= least, (name,), f"a whole number, {least} or more"
@@ -59,14 +59,14 @@ class Checked:
 class ClosedFormSettings:
     """How the closed form fits."""
 
-    # Layers that are fitted: those that were changed, or also every layer after the first of them.
+    # Layers to fit: `spans`, the changed ones; or `after`, also every layer after the first changed one.
     layers: Layers = flag("after", "--fit-layers")
-    # Output projections that are fitted on changed layers, in this order.
+    # Output projections to fit on changed layers, in this order.
     changed: tuple[Part, ...] = flag(("mlp", "attention", "mlp"), "--fit-changed")
-    # Output projections that are fitted on the layers after them, in this order; all but the first only on as many
-    # layers, from the front, as keep the cost of the fit within three passes of the model.
+    # Output projections to fit on the layers after them, in this order. The first is fitted on all of these layers, the
+    # others on as many of the first layers as keep the fit within three passes of the model.
     unchanged: tuple[Part, ...] = flag(("mlp",), "--fit-unchanged")
-    # What a token counts in a fit: less where its hidden state is large, or all the same.
+    # Weight of a token in a fit: `relative`, less where its hidden state is large; or `uniform`.
     weighting: Literal["relative", "uniform"] = flag("relative", "--fit-weighting")
     # Every n-th sequence chooses the ridge strength.
     held_out: int = flag(8, "--fit-held-out")
@@ -78,27 +78,27 @@ class ClosedFormSettings:
 class Pace(Checked):
     """What both kinds of training share."""
 
-    # How often every training sequence is seen.
+    # Passes over the training text.
     epochs: int = 1
     # Tokens of an optimiser step.
     batch_tokens: int = 2048
     # Peak of the learning rate; it warms up linearly and then falls along a cosine.
     lr: float | None = None
-    # The last learning rate, as a share of the peak.
+    # Final learning rate, as a share of the peak.
     least_lr: float = 0.05
-    # Share of all steps in which the learning rate rises.
+    # Share of all steps for warm-up of the learning rate.
     warmup: float = 0.05
-    # AdamW's decay of weights.
+    # Weight decay of AdamW.
     weight_decay: float = 0.0
-    # The gradient's norm is clipped to this.
+    # Largest gradient norm; larger gradients are clipped.
     clip: float = 1.0
-    # How often the held-out loss is measured, and state saved, on the way.
+    # Number of times to measure the held-out loss and save the state.
     evaluations: int = 10
-    # Stop after this many measurements without a new best. The first steps often raise the loss (dev/LOG.md).
+    # Stop after N measurements without a new best. The first steps often raise the loss (dev/LOG.md).
     patience: int = 10
     # Seed of everything random.
     seed: int = 0
-    # Tokens that losses count on: `all`, or those that the `assistant` wrote, which takes a chat template.
+    # Tokens that losses count on: `all`, or those of the `assistant`, which needs a chat template.
     loss_on: Literal["all", "assistant"] = "all"
 
     @property
@@ -115,16 +115,16 @@ class Pace(Checked):
             yield 0.0 <= getattr(self, name) <= 1.0, (name,), "a number from 0 to 1"
 
     def weights(self, *names: str) -> Check:
-        """That weights of losses are none below 0, and one above."""
+        """Require loss weights of at least 0, one of them above 0."""
         found = [getattr(self, name) for name in names]
         right = all(0.0 <= weight < math.inf for weight in found) and any(found)
         return right, names, "weights of 0 or more, at least one of them above 0"
 
 
 def trainable(op: Op, span: Span) -> bool:
-    """Whether an output layer has something to learn: it stands for several layers, or is no original layer as it was.
+    """Whether an output layer has something to learn: its span is several layers, or it is not an unchanged original.
 
-    A layer that stands for none has nothing to learn from.
+    A layer with an empty span has no target.
     """
     start, stop = span
     return stop - start > 1 or (stop > start and not isinstance(op, Select))
@@ -137,7 +137,7 @@ def changed_layers(recipe: Recipe) -> list[int]:
 
 
 def taught(recipe: Recipe, layers: Layers) -> list[int]:
-    """Output layers that a heal stage changes. One that stands for none of the original has no target."""
+    """Output layers that a heal stage changes. A layer with an empty span has no target."""
     changed = changed_layers(recipe)
     if layers == "after" and changed:
         after = range(changed[0], len(recipe.spans))

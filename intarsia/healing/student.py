@@ -1,11 +1,11 @@
-"""The student of end-to-end distillation: a recipe's model, what of it is trained, its losses, and the way back to a
-recipe.
+"""The student of end-to-end distillation: a recipe's model, its trained parameters and losses, and the recipe
+afterwards.
 
-Only layers are trained. Embedding, final norm and head stay the base's, so that a recipe with fitted tensors still is
-the whole model.
+Only layers are trained. Embedding, final norm and head stay the base's, so that a recipe with fitted tensors still
+describes the whole model.
 
-`Distiller` is the student with its losses as one module: a batch and what the teacher says of it in, losses out. So
-every wrapper that Accelerate may put around it sees a single forward and no large outputs. Logits exist for a few rows
+`Distiller` is the student with its losses as one module: a batch and the teacher's lesson in, losses out. So any
+wrapper of Accelerate sees a single forward and no large outputs. Logits exist for a few rows
 at a time, the teacher's as well as the student's.
 
 Shape suffixes: `B` sequences, `T` tokens, `N` = B * T, `D` residual width, `V` vocabulary, `K` kept tokens.
@@ -41,7 +41,7 @@ _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropo
 
 
 def build_student(recipe: Recipe, variants: Mapping[str, Checkpoint], folder: Path) -> None:
-    """The recipe's model as a folder; one that is there is left as it is."""
+    """Build the recipe's model into a folder, unless it exists."""
     if not folder.exists():
         materialize(recipe, variants, folder)
 
@@ -49,7 +49,7 @@ def build_student(recipe: Recipe, variants: Mapping[str, Checkpoint], folder: Pa
 def load_student(
     folder: Path, settings: EndToEndSettings, device: torch.device
 ) -> tuple[PreTrainedModel, Architecture]:
-    """The student, with gradients for what is trained: all of the layers in float32, or low-rank changes to them."""
+    """The student, with gradients for the trained parameters: all layers in float32, or low-rank changes to them."""
     checkpoint = Checkpoint.open(folder, model=str(folder))
     rank, layers = settings.lora, checkpoint.architecture.layers_in_memory
     model = load_model(checkpoint, device=device, dtype=torch.float32 if rank is None else None)
@@ -73,11 +73,11 @@ def load_student(
 
 
 def with_trained(recipe: Recipe, architecture: Architecture, base: Checkpoint, trained: Mapping[str, Tensor]) -> Recipe:
-    """The recipe with what was trained.
+    """The recipe with the trained parameters.
 
     Args:
-        base: the student as it was before, on disk.
-        trained: parameters of the student that were trained, by their full names; low-rank ones are merged.
+        base: the student before training, on disk.
+        trained: trained parameters of the student by full name; low-rank ones are merged.
     """
     fitted: dict[int, dict[str, npt.NDArray[np.float32]]] = {
         index: dict(tensors) for index, tensors in recipe.fitted.items()
@@ -134,12 +134,10 @@ def _makes_the_logits(head: nn.Module, model: PreTrainedModel) -> bool:
 
 
 class SplitModel:
-    """A causal language model as what makes the last hidden state, and the head that reads it: so that losses can go
-    through the head a few rows at a time.
+    """A causal language model split into trunk and head, so that losses can go through the head a few rows at a time.
 
-    Where a model does more to its logits than its head does (a scale, a soft cap), its trunk gives the whole logits and
-    its head nothing: slower, and right. Holds the model without owning it, so that no wrapper sees its parameters
-    twice.
+    If a model changes the logits after its head (a scale, a soft cap), the trunk gives the logits and the head is the
+    identity: slower, but right. The model is held without owning it, so that no wrapper sees its parameters twice.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
@@ -150,7 +148,7 @@ class SplitModel:
     def trunk(
         self, ids_BT: Tensor, mask_BT: Tensor | None, *, hidden: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What `head` reads, `[B, T, ...]`, and, if asked for, the hidden states after the embedding and every layer.
+        """The input of `head`, `[B, T, ...]`, and on request the hidden states after the embedding and every layer.
 
         The last hidden state is after the final norm.
         """
@@ -167,30 +165,30 @@ class SplitModel:
         return out.last_hidden_state, tuple(out.hidden_states) if hidden else ()
 
     def head(self, rows: Tensor) -> Tensor:
-        """Logits `[N, V]` of rows of what `trunk` gave."""
+        """Logits `[N, V]` of rows of the trunk's output."""
         return rows if self._head is None else self._head(rows)
 
 
 PARTS = ("loss", "logits", "hidden", "text")
-"""What a forward gives: the total, and its parts before they are weighted."""
+"""The outputs of a forward: the total, and its unweighted parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What the teacher says of a batch. Neither `rows` nor `top_k` where logits are not learnt from."""
+    """The teacher's targets for a batch. Neither `rows` nor `top_k` is set if no loss uses logits."""
 
-    # What its head reads, `[N, D]`.
+    # The input of its head, `[N, D]`.
     rows: Tensor | None = None
     # Its likeliest tokens, `[N, K]`.
     top_k: Likeliest | None = None
     # Its hidden states after each span, `[B, T, D]` each.
     hidden: tuple[Tensor, ...] = ()
-    # Where losses count; None at all real tokens.
+    # Tokens on which losses count; None for all real tokens.
     counted_BT: Tensor | None = None
 
 
 class Distiller(nn.Module):
-    """The student and what it is to learn."""
+    """The student with its losses."""
 
     def __init__(
         self,
@@ -205,7 +203,7 @@ class Distiller(nn.Module):
         """`layers`: the output layers after which hidden states are compared."""
         super().__init__()
         self.student = student
-        # Which layers FSDP may wrap by themselves.
+        # Layer classes that FSDP may wrap on their own.
         self._no_split_modules = getattr(student, "_no_split_modules", None)
         self.settings = settings
         self.layers = tuple(layers)
@@ -230,7 +228,7 @@ class Distiller(nn.Module):
     def _through_head(
         self, rows: Tensor, ids_BT: Tensor, mask_BT: Tensor | None, lesson: Lesson
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss of what goes through the head, and its two parts: of the logits, and of the text."""
+        """The weighted loss on the logits, and its two parts: KL to the teacher, and cross-entropy of the text."""
         settings, temperature = self.settings, self.settings.temperature
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT
         # Position t predicts token t + 1; both must be real.

@@ -1,11 +1,10 @@
-"""The teacher: hidden states by depth, which layers are fitted and trained toward, and logits for whole models.
+"""The teacher: hidden states by depth, the targets of layers, and logits, the targets of whole models.
 
-`TeacherStates` depend on the model and the text alone, so several fits may share them, and a student whose first layers
-are the teacher's own starts where it differs. Where the whole model was measured already, they are read and not run
-again.
+`TeacherStates` depend on the model and the text alone, so several fits may share them, and a student starts at its
+first layer that differs from the teacher's. If the whole model was measured before, its hidden states are reused.
 
 Logits come from the teacher itself, or from a cache of its likeliest tokens on disk. The cache is written once for a
-teacher, a text, a K and a temperature, under a name made of these, and memory-mapped from then on. It appears whole or
+teacher, a text, a K and a temperature, named after these, and memory-mapped from then on. It appears whole or
 not at all.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width, `K` kept tokens.
@@ -46,7 +45,7 @@ _ROWS = 256
 
 
 class TeacherStates:
-    """Hidden states by depth: 0 is what the embedding gives, b what layer b - 1 gives.
+    """Hidden states by depth: 0 is the output of the embedding, b that of layer b - 1.
 
     Freed by `close`, or at the end of a `with` block.
     """
@@ -64,21 +63,21 @@ class TeacherStates:
         Args:
             loop: over the text, of the original model.
             layers: of another teacher, between the original's embedding and head.
-            known: hidden states of the teacher that were measured already; they must stay as they are.
-            keep: keep every depth that is passed, for later fits, which may ask for others.
+            known: hidden states of the teacher measured before; they must not change.
+            keep: keep every depth on the way, for later fits that need others.
         """
         # Those of the teacher.
         self.layers: Sequence[nn.Module] = loop.resident.layers if layers is None else layers
         self.loop, self.resident, self.batches, self.keep = loop, loop.resident, loop.batches, keep
-        # Layers that were run so far.
+        # Layers run so far.
         self.cost = 0
-        # What was run here, by depth.
+        # Hidden states computed here, by depth.
         self.store = loop.store()
         self._stores = [self.store, *([] if known is None else [known])]
 
     @torch.no_grad()
     def learn(self, depths: Iterable[int]) -> None:
-        """One pass of the teacher for the depths that are not known yet, from the deepest one before them."""
+        """Compute depths that are not known yet, in one pass from the deepest known one before them."""
         known = {depth for store in self._stores for depth in store.depths()}
         missing = set(depths) - known
         if not missing:
@@ -101,7 +100,7 @@ class TeacherStates:
                 task.advance()
 
     def at(self, depth: int, rows: slice) -> Tensor:
-        """`h_BTD` of some sequences at a depth that is known, on the device."""
+        """`h_BTD` of some sequences at a known depth, on the device."""
         store = next(store for store in self._stores if depth in store.depths())
         return store.get(depth, rows.start, rows.stop, self.resident.device)
 
@@ -110,7 +109,7 @@ class TeacherStates:
         return next((store for store in self._stores if len(store.depths()) > n_layers), None)
 
     def forget(self, depth: int) -> None:
-        """A depth is not asked for again by this fit."""
+        """Release a depth that this fit no longer needs."""
         if not self.keep:
             self.store.drop(depth)
 
@@ -125,7 +124,7 @@ class TeacherStates:
 
 
 def fits_in_memory(resident: LoadedModel, batches: Batches, memory_budget: MemoryBudget) -> bool:
-    """Whether memory has room for the teacher's hidden states at every depth, for several fits to share."""
+    """Whether the teacher's hidden states at all depths fit into memory, so that several fits can share them."""
     state = batches.corpus.input_ids.numel() * resident.architecture.width * resident.model.dtype.itemsize
     return (resident.architecture.n_layers + 1) * state <= memory_budget.memory_bytes
 
@@ -138,7 +137,7 @@ def check_teacher(recipe: Recipe, base: Architecture, teacher: Architecture, *, 
         name: what the user calls the teacher.
 
     Raises:
-        UserError: with everything in which the two differ.
+        UserError: with every difference.
     """
     compared = (
         ("vocabulary", base.vocabulary, teacher.vocabulary),
@@ -158,13 +157,13 @@ class Teacher:
     """A teacher in memory, without gradients."""
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, depths: Sequence[int]) -> None:
-        """`depths`: those at which hidden states are learnt from."""
+        """`depths`: those of hidden-state losses."""
         self.split = SplitModel(model.eval(), architecture)
         self.depths = tuple(depths)
 
     @torch.no_grad()
     def lesson(self, ids_BT: Tensor, mask_BT: Tensor | None, *, logits: bool) -> Lesson:
-        """What it says of a batch."""
+        """The targets for a batch."""
         rows, hidden = self.split.trunk(ids_BT, mask_BT, hidden=bool(self.depths))
         return Lesson(
             rows=rows.reshape(-1, rows.shape[-1]) if logits else None,
@@ -174,11 +173,11 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSource:
-    """A teacher that is only loaded when it is needed, and which one it is."""
+    """A teacher that is loaded when it is needed, and its identity."""
 
     load: Callable[[], Teacher]
     sha256: str
-    # Where its likeliest tokens are kept; None: in the run folder.
+    # Where the cache of its likeliest tokens is; None: in the run folder.
     cache: Path | None = None
 
 
@@ -210,7 +209,7 @@ def write_top_k(
     vocabulary: int,
     batch: int,
 ) -> None:
-    """Run the teacher over a text and keep its K likeliest tokens; a cache that is there is left as it is.
+    """Run the teacher over a text and write its K likeliest tokens, unless the cache exists.
 
     Raises:
         UserError: the disk is full, or the teacher's logits are not finite.

@@ -1,7 +1,7 @@
-"""What both kinds of training share: text, schedule, early stopping, state on disk and the loss curve.
+"""Shared by both kinds of training: text, schedule, early stopping, state on disk and the loss curve.
 
-The schedule says what happens at which step (order of the data, learning rate, measurements). It is pure, so that a
-restart needs no state. A *step* is one of the optimiser, counted from 0 over all epochs.
+The schedule gives each step its data, learning rate and measurements. It is a pure function, so that a restart needs no
+state. A *step* is one of the optimiser, counted from 0 over all epochs.
 
 State is replaced at once or not at all. Nothing is pickled: a state file is data like a checkpoint.
 
@@ -37,16 +37,16 @@ from intarsia.healing.stages.end_to_end import EndToEndSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Sequences to learn from, and sequences that are only measured on: all of them, the held-out ones last."""
+    """Training and held-out sequences together, the held-out ones last."""
 
     ids_NT: Tensor
     # True at real tokens; None where all are.
     mask_NT: Tensor | None
-    # How many are trained on.
+    # Number of training sequences.
     train: int
-    # Names all of them.
+    # Hash of all sequences.
     sha256: str
-    # True where the next token is one that losses count on; None where they count everywhere.
+    # True where losses count on the next token; None for everywhere.
     counted_NT: Tensor | None = None
 
     @classmethod
@@ -54,7 +54,7 @@ class Text:
         """Two corpora as one text.
 
         Args:
-            turns: how the assistant's tokens are marked, where losses count on them alone.
+            turns: how the assistant's tokens are marked, if losses count on them alone.
 
         Raises:
             UserError: no token is the assistant's.
@@ -100,7 +100,7 @@ class Schedule:
     The sequences that are left over at the end of an epoch, fewer than a batch, are not seen in that epoch.
     """
 
-    # That are trained on.
+    # Training sequences.
     sequences: int
     # Sequences of a step.
     batch: int
@@ -143,10 +143,10 @@ class Schedule:
 
 
 def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) -> Schedule:
-    """The schedule of a training. Of a text that is shorter than a step, a step has all of it.
+    """The schedule of a training. A text shorter than a step is one step.
 
     Args:
-        multiple: the sequences of a step are a multiple of this: the processes that train.
+        multiple: number of processes; the sequences of a step are a multiple of it.
 
     Raises:
         UserError: there are fewer sequences than processes.
@@ -163,18 +163,18 @@ def schedule_of(pace: Pace, *, sequences: int, seq_len: int, multiple: int = 1) 
 
 @dataclass(kw_only=True)
 class Standing:
-    """Where a training stands."""
+    """The state of a training: steps done, losses, patience."""
 
     # The held-out loss before the first step, and the least one so far.
     first: float
     best: float
-    # Steps that are done.
+    # Finished steps.
     next: int = 0
     # Measurements since the best one.
     bad: int = 0
-    # Why the training ended early, if it did.
+    # Why the training stopped early, if it did.
     stopped: str | None = None
-    # Over all processes that trained, one after the other.
+    # Over all restarts.
     seconds: float = 0.0
 
     @classmethod
@@ -196,7 +196,7 @@ class Standing:
         self.stopped = f"the loss was {loss:.4g} at step {self.next + 1}"
 
     def measured(self, loss: float, schedule: Schedule) -> bool:
-        """Count a measurement of the held-out loss; True where it is a new best. Stop where there is no hope."""
+        """Count a measurement of the held-out loss; True if it is a new best. Stop if training is hopeless."""
         if not math.isfinite(loss) or loss > 10.0 * self.first + 1e-6:
             self.stopped = f"the held-out loss was {loss:.4g} at step {self.next}"
             return False
@@ -210,7 +210,7 @@ class Standing:
         return False
 
     def report(self, step_tokens: int) -> dict[str, Any]:
-        """What the training gave, as plain data."""
+        """A report of the training, as plain data."""
         return {
             "loss_before": self.first,
             "loss_after": self.best,
@@ -221,7 +221,7 @@ class Standing:
         }
 
     def note(self, what: str, loss: float, step_tokens: int) -> str:
-        """For a person, after a step."""
+        """The progress line after a step."""
         return f"{what}: loss {loss:.4g}, {self.next * step_tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
 
 
@@ -229,7 +229,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     """Write a state file.
 
     Raises:
-        UserError: the disk is full. The file that was there before is as it was.
+        UserError: the disk is full; an existing file is unchanged.
     """
     with full_disk_named(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """
     if not path.exists():
         return None
-    remedy = "Delete it; that part of the training is then done again."
+    remedy = "Delete it; that part of the training then runs again."
     with (
         damage_named(path, expected="a state file of a training", remedy=remedy),
         safe_open(path, framework="pt") as file,
@@ -259,10 +259,10 @@ _FACTS = "facts.json"
 
 
 def save_snapshot(accelerator: Any, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write parameters, optimiser and random state of all processes, and drop the snapshot before.
+    """Write parameters, optimiser and random state of all processes, and delete the previous snapshot.
 
     Raises:
-        UserError: the disk is full. The snapshot before stays.
+        UserError: the disk is full; the previous snapshot stays.
     """
     staging = folder / ".state.staging"
     if accelerator.is_main_process:
@@ -286,7 +286,7 @@ def save_snapshot(accelerator: Any, folder: Path, facts: Mapping[str, Any]) -> N
 
 
 def load_snapshot(accelerator: Any, folder: Path) -> dict[str, Any] | None:
-    """Put the newest snapshot's state back; its facts, or None where there is no snapshot."""
+    """Restore the newest snapshot and return its facts; None if there is none."""
     found = _snapshots(folder)
     if not found:
         return None
@@ -301,7 +301,7 @@ def _snapshots(folder: Path) -> list[Path]:
 
 
 class Curve:
-    """Losses by step, written by the first process. After a restart the lines of steps that are done again go."""
+    """Losses by step, written by the first process. A restart removes the lines of steps that run again."""
 
     def __init__(self, path: Path, accelerator: Any, settings: EndToEndSettings) -> None:
         self.path, self.accelerator, self.settings = path, accelerator, settings
@@ -340,7 +340,7 @@ _LONGEST_WAIT = timedelta(days=7)
 
 
 def rank() -> int:
-    """Which of the launched processes this is; 0 where there is one only. Reads the environment alone."""
+    """The rank of this process, from the environment; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -357,7 +357,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def barrier(device: torch.device) -> Callable[[], None]:
-    """Waits for all launched processes; nothing where there is one only."""
+    """A function that waits for all launched processes; it does nothing for one."""
     if world_size() == 1:
         return lambda: None
     wait: Callable[[], None] = accelerator(device=device).wait_for_everyone
@@ -367,7 +367,7 @@ def barrier(device: torch.device) -> Callable[[], None]:
 def accelerator(*, device: torch.device, log: str | None = None, folder: Path | None = None) -> Any:
     """An `accelerate.Accelerator` for this process.
 
-    Precision is ours (`Distiller`), so that it is the same on one CPU and under FSDP.
+    `Distiller` sets the precision, so that it is the same on one CPU and under FSDP.
 
     Args:
         log: a tracker that Accelerate knows (see `stages.end_to_end.check`).
@@ -375,7 +375,7 @@ def accelerator(*, device: torch.device, log: str | None = None, folder: Path | 
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-    # It warns that a tied head is stored once, at every snapshot.
+    # Accelerate warns at every snapshot that a tied head is stored once.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     return Accelerator(
         cpu=device.type == "cpu",

@@ -1,1 +1,1 @@
-"""Models of which no family file describes the layers: what `transformers` knows of them, and small ones to try."""
+"""Models without a family file: their structure according to `transformers`, and small versions for checks."""

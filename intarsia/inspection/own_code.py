@@ -1,10 +1,10 @@
-"""Code that a model brings along, for a class that transformers does not have. It runs only where it is trusted.
+"""Remote code: code in a model's folder for a class that transformers does not have. It runs only if it is trusted.
 
     with trust_remote_code():
         compress("MODEL", "OUT", Target(layers=25))
 
-Its classes are registered with transformers under the model's type, so that whoever asks transformers for the class of
-this type gets them. A model type that transformers has a class for never runs other code.
+Its classes are registered with transformers under the model's type, so that transformers finds them. For a model type
+with a class in transformers, no other code is run.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 from intarsia.errors import UserError, in_words
 
 CODE = "auto_map"
-"""The key under which a config names classes in files of the model's own."""
+"""The config key with classes in the model's own files."""
 OWN_CODE = "own_code"
-"""The key under which settings have the hash of a model's own code."""
+"""The settings key with the hash of a model's own code."""
 OPTION = "--trust-remote-code"
 HINT = f"If you trust it, pass {OPTION} (in Python: with intarsia.trust_remote_code()), which runs it."
 _HEAD = "AutoModelForCausalLM"
 
 _TRUSTING: list[dict[str, str]] = []
-"""A block in which models' own code may run: the model types with such code so far, and the hash of the code."""
+"""A context in which models' own code may run: the model types with such code so far, and the hash of the code."""
 _REGISTERED: dict[str, str] = {}
-"""Model types whose classes in transformers are a model's own, and the hash of their code."""
+"""Model types whose registered classes are a model's own, and the hash of their code."""
 
 
 @contextmanager
 def trust_remote_code(trusted: bool = True) -> Iterator[None]:
-    """Run the code of models whose class transformers does not have, in this block (all threads of this process).
+    """Run the code of models whose class transformers does not have, within this context (all threads of this process).
 
     Args:
         trusted: False changes nothing.
@@ -54,19 +54,19 @@ def trusts() -> bool:
 
 
 def is_own(model_type: object) -> bool:
-    """Whether the class of a model type is a model's own."""
+    """Whether a model type's class comes from a model's own code."""
     return model_type in _REGISTERED
 
 
 def is_known(model_type: object) -> bool:
-    """Whether there is a config class for a model type: of transformers, or a model's own that is trusted."""
+    """Whether there is a config class for a model type, in transformers or in trusted code."""
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING and (trusts() or not is_own(model_type))
 
 
 def admit(folder: Path, config: Mapping[str, Any]) -> None:
-    """Register the classes in a model's folder, where its config names some, transformers has none, and they are
+    """Register the classes in a model's folder, if its config names some, transformers has none, and they are
     trusted.
 
     Raises:
@@ -83,8 +83,8 @@ def admit(folder: Path, config: Mapping[str, Any]) -> None:
     code = code_hash(folder)
     if _TRUSTING[-1].setdefault(kind, code) != code:
         raise UserError(
-            f"{folder} and another model of type {kind} bring different code along.",
-            "Work on them one after the other.",
+            f"{folder} and another model of type {kind} come with different code.",
+            "Use them in separate commands.",
         )
     if _REGISTERED.get(kind) != code:
         _register(folder, kind, named)
@@ -92,7 +92,7 @@ def admit(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_stock(kind: str) -> bool:
-    """Whether transformers itself has a language model of a type."""
+    """Whether transformers has a language model of a type."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if is_own(kind) or kind not in CONFIG_MAPPING:
@@ -114,14 +114,15 @@ def _register(folder: Path, kind: str, named: Mapping[str, Any]) -> None:
             config = get_class_from_dynamic_module(str(named["AutoConfig"]), str(folder))
         AutoConfig.register(kind, config, exist_ok=True)
         AutoModelForCausalLM.register(config, add_generation_mixin_to_remote_model(model), exist_ok=True)
-    except Exception as error:  # whatever somebody's code fails with
+    except Exception as error:  # third-party code may raise anything
         raise UserError(
-            f"The code of {folder} cannot be used: {in_words(error)}.", "Load the model with transformers to see where."
+            f"The code of {folder} cannot be used: {in_words(error)}.",
+            "Load the model with transformers to see the traceback.",
         ) from error
 
 
 def code_files(folder: Path) -> list[str]:
-    """The files of code in a model's folder."""
+    """The code files in a model's folder."""
     return sorted(file.name for file in folder.glob("*.py") if file.is_file())
 
 
@@ -134,6 +135,6 @@ def code_hash(folder: Path) -> str:
 
 
 def code_facts(config: Mapping[str, Any]) -> dict[str, str]:
-    """What is recorded of the code of a model; nothing where the class is one of transformers."""
+    """The recorded facts about a model's own code; none if the class is in transformers."""
     kind = config.get("model_type")
     return {OWN_CODE: _REGISTERED[kind]} if isinstance(kind, str) and kind in _REGISTERED else {}

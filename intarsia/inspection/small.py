@@ -1,8 +1,7 @@
-"""A small model of the same kind as a large one: some of its layers, of every kind, and small sizes.
+"""Small models of the same kind as a large one: some of its layers, of every kind, in small sizes.
 
-For trying an architecture, not for use. What makes a model of its kind stays: groups of query heads, heads of a width
-of their own, windows (shorter than what is run through them), flags, multipliers, experts. `sizes.toml` has the sizes
-by the names of the fields.
+They are for checking an architecture, not for use. Its characteristics stay: groups of query heads, a separate head
+width, windows (shorter than the test sequences), flags, multipliers, experts. `sizes.toml` has the sizes by field name.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from intarsia.inspection.structure import config_of, problem_of
 
 _LEAST_LAYERS, _SHORT = 6, 12
 _STORED = ("dtype", "torch_dtype", "quantization_config", "auto_map", "transformers_version", "architectures")
-"""Fields about the stored weights."""
+"""Config fields about the stored weights."""
 
 
 def small_config(architecture: Architecture) -> dict[str, Any]:
-    """The config of a small model like the one that an architecture is of."""
+    """The config of a small model of an architecture."""
     config = config_of(architecture.config, "the config").to_dict() | dict(architecture.config)
     small = shrunken_sizes(for_layers(architecture, config, some_layers(architecture), "the config"))
     if architecture.removal_only:
@@ -39,17 +38,17 @@ def small_config(architecture: Architecture) -> dict[str, Any]:
     usual = {"kv_heads": heads, "head_dim": width // heads + 8 * own_width}
     for what, value in usual.items():
         name = fields.get(what)
-        # Some classes do not read None as the usual number.
+        # Some classes do not accept None for the default.
         if name in small and (small[name] is None or (what == "head_dim" and own_width)):
             small[name] = value
     return {**small, **architecture.family.tiny}
 
 
 def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model in evaluation mode, in which nothing is neutral: norms are no ones, biases no zeros.
+    """A random float32 model in evaluation mode without neutral values: norms are not ones, biases not zeros.
 
     Raises:
-        UserError: transformers does not know the model type, or cannot make a model of this config.
+        UserError: transformers does not know the model type, or cannot build a model from this config.
     """
     rest = {key: value for key, value in config.items() if key != "model_type"}
     model_type = str(config["model_type"])
@@ -63,10 +62,10 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
         assert isinstance(made, PreTrainedConfig)
         model = AutoModelForCausalLM.from_config(made)
     except Exception as error:
-        # What a config class objects to, and how, differs between families and versions.
+        # Config classes fail in different ways, by family and version.
         raise UserError(
-            f"transformers makes no small model of type {model_type}: {in_words(error)}.",
-            "Set the fields that must fit together in the family file's table [tiny].",
+            f"transformers cannot build a small model of type {model_type}: {in_words(error)}.",
+            "Set interdependent fields in the family file's table [tiny].",
         ) from error
     assert isinstance(model, PreTrainedModel)
     generator = torch.Generator().manual_seed(seed)
@@ -79,10 +78,10 @@ def small_model(config: Mapping[str, Any], *, seed: int = 0) -> PreTrainedModel:
 
 
 def some_layers(architecture: Architecture) -> Sequence[int]:
-    """Layers of a model that make a model by themselves, with each of its kinds twice where it has two: the first ones,
-    or, where these are many, the first two of each kind.
+    """Layers that make a valid model, each kind twice if possible: the first ones, or the first two of each kind if
+    those are too many.
 
-    Where layers can be joined, neighbours are of one kind.
+    If layers can be joined, neighbours are of one kind.
     """
     depth = architecture.n_layers
     kinds = architecture.layer_types or ("",) * depth
@@ -100,7 +99,7 @@ def some_layers(architecture: Architecture) -> Sequence[int]:
 
 
 def shrunken_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with small sizes instead of its own."""
+    """The config with small sizes."""
     sizes = read_toml(files("intarsia.inspection") / "sizes.toml")
     own = sizes["models"].get(str(config.get("model_type")), {})
     return {**_small(config, sizes), **own}
@@ -124,7 +123,7 @@ def _small(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any
     if "head_dim" in found and "qk_rope_head_dim" in found:  # latent attention, which computes it
         found["head_dim"] = found["qk_rope_head_dim"]
     heads, groups = (next((found[name] for name in sizes[kind] if found.get(name)), 0) for kind in ("heads", "groups"))
-    if groups and heads:  # the ratio's kind stays: one group, some, or a group for each head
+    if groups and heads:  # keep the type of grouping: one group, some, or one per head
         whole = next(config[name] for name in sizes["heads"] if config.get(name))
         own = next(config[name] for name in sizes["groups"] if config.get(name))
         for name in sizes["groups"]:

@@ -1,8 +1,8 @@
-"""Architectures read from a class of `transformers`, for models of which no family file describes the layers.
+"""Architectures read from a class of `transformers`, for models without a family file.
 
-The class is built on the meta device, without weights. What it must have: one list of layers, as long as the model is
-deep. What a config says layer by layer follows the layers as for every model (`intarsia.architecture.per_layer`);
-whether that is right is seen from the class, built from the changed config: its layers must be those that stay.
+The class is built on the meta device, without weights. It must have one list of layers, as long as the model is deep.
+Per-layer settings of the config follow the layers as for every model (`intarsia.architecture.per_layer`). To check
+them, the class is built from the changed config: its layers must be the remaining ones.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from intarsia.progress import quiet_transformers
 Shapes = Mapping[str, tuple[int, ...]]
 
 _NUMBERED = re.compile(r"idx|index|layer_id|layer_number|^training$|^_")
-"""Attributes of modules that differ from layer to layer, whatever these are."""
+"""Attributes of modules that always differ between layers."""
 
 
 def inspected(config: Mapping[str, Any], shapes: Shapes | None, *, where: str, reason: str) -> Architecture:
     """The architecture of a model whose layers can be removed.
 
     Args:
-        shapes: of the tensors in the files; None where there are no files: those that the class would write.
+        shapes: of the tensors in the files; None without files, for those that the class would write.
         reason: why its layers cannot be joined.
 
     Raises:
-        UserError: transformers has no such decoder, its layers are no list of the right length, the config has
-            settings of which nobody knows how they follow the layers, or the tensors are not the model's.
+        UserError: transformers has no such decoder, its layers are not one list of the right length, the config has
+            unknown per-layer settings, or the tensors are not the model's.
     """
     made = config_of(config, where)
     model = on_meta(made, where)
@@ -135,8 +135,8 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """The config object of a decoder.
 
     Raises:
-        UserError: transformers does not know the model type or refuses the config, it is that of no decoder, or its
-            layers are known to depend on one another.
+        UserError: transformers does not know the model type or refuses the config, it is not a decoder's, or its layers
+            are known to depend on one another.
     """
     kind = config.get("model_type")
     if not own_code.is_known(kind):
@@ -149,7 +149,7 @@ def config_of(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             made = CONFIG_MAPPING[str(kind)].from_dict({key: _number(value) for key, value in config.items()})
-    except Exception as error:  # what a config class objects to, and how, differs from class to class
+    except Exception as error:  # config classes fail in different ways
         raise UserError(
             f"{where}: transformers refuses this config of type {kind}: {in_words(error)}.", "Correct it."
         ) from error
@@ -173,9 +173,9 @@ def _reasons() -> Mapping[str, str]:
 
 
 def _registered(config: PreTrainedConfig) -> bool:
-    """Whether the language model of a multimodal model's type is that of this nested config.
+    """Whether the language model of a multimodal model has the type of this nested config.
 
-    Then it is registered, so that `AutoModelForCausalLM` finds it.
+    If so, register it, so that `AutoModelForCausalLM` finds it.
     """
     outer = type(config).__module__.split(".")[-2]
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[outer], None) if outer in CONFIG_MAPPING else None
@@ -186,7 +186,7 @@ def _registered(config: PreTrainedConfig) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """A value of a config.json, in which transformers writes an infinity as an object of its own."""
+    """A value of a config.json, in which transformers writes an infinity as an object."""
     if isinstance(value, list):
         return [_number(each) for each in value]
     return float(value["__float__"]) if isinstance(value, Mapping) and set(value) == {"__float__"} else value
@@ -204,7 +204,7 @@ def on_meta(config: PreTrainedConfig, where: str) -> PreTrainedModel:
             model = classes[type(config)](config)
     except Exception as error:  # as above
         raise UserError(
-            f"{where}: transformers makes no model of this config: {in_words(error)}.", "Correct it."
+            f"{where}: transformers cannot build a model from this config: {in_words(error)}.", "Correct it."
         ) from error
     assert isinstance(model, PreTrainedModel)
     return model
@@ -228,10 +228,10 @@ def _layer_list(model: PreTrainedModel, depth: int, where: str) -> tuple[str, nn
 
 
 def structure_of(layer: nn.Module, *, numbers: bool = True) -> str:
-    """What a layer is built like: its modules, the shapes of their parameters, and their settings.
+    """The structure of a layer: its modules, the shapes of their parameters, and their settings.
 
     Args:
-        numbers: False leaves settings out that are no whole numbers.
+        numbers: False ignores settings that are not whole numbers.
     """
     parts: list[object] = []
     of = (bool, int, float, str) if numbers else (bool, int, str)
@@ -247,9 +247,9 @@ def structure_of(layer: nn.Module, *, numbers: bool = True) -> str:
 
 
 def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, ...] | None:
-    """What each layer is called: by the config, and by its parts where equal names are of different layers.
+    """The name of each layer's kind: by the config, and by its parts if different layers have equal names.
 
-    Layers that differ in a factor alone are of one kind.
+    Layers that differ only in a factor are of one kind.
     """
     stated: Any = getattr(config, "layer_types", None)
     named = stated if isinstance(stated, list | tuple) and len(stated) == len(layers) else ["layer"] * len(layers)
@@ -270,7 +270,7 @@ def _kinds(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[str, 
 
 
 def _flags(layer: nn.Module) -> list[str]:
-    """Settings of its parts: those that are true, and those that are a word."""
+    """Settings of a layer's parts: those that are true, and those that are a word."""
     settings = (setting for part in layer.modules() for setting in vars(part).items())
     named = [(name, value) for name, value in settings if not _NUMBERED.search(name)]
     words = (name if value is True else value for name, value in named if value is True or isinstance(value, str))
@@ -278,15 +278,15 @@ def _flags(layer: nn.Module) -> list[str]:
 
 
 def _own(words: Sequence[Sequence[str]]) -> list[str]:
-    """Of several lists of words what is not in all of them."""
+    """Words that are not in all of the lists."""
     common = set.intersection(*map(set, words))
     return [", ".join(word for word in each if word not in common) for each in words]
 
 
 class _Files:
-    """What the tensors of a model are called in files, and which rows of which parameter each of them holds.
+    """The tensor names of a model in files, and the parameter and rows that each of them holds.
 
-    transformers knows how it writes parameters; here it writes the numbers of their rows.
+    transformers converts parameters for files; here it converts their row numbers.
     """
 
     def __init__(self, model: PreTrainedModel, layers_module: str, layers: nn.ModuleList, where: str) -> None:
@@ -299,7 +299,7 @@ class _Files:
         prefix = f"{layers_module}."
         wanted = {f"{prefix}{index}." for index in self.firsts.values()}
         once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        state = {  # what is tied counts once, as in files
+        state = {  # tied parameters count once, as in files
             name: tensor
             for name, tensor in model.state_dict().items()
             if name in once and (not name.startswith(prefix) or any(name.startswith(each) for each in wanted))
@@ -350,7 +350,7 @@ class _Files:
         """Every tensor of each layer, with its shape in files.
 
         Raises:
-            UserError: the files lack one, or have another shape or another one.
+            UserError: the files lack one, have an additional one, or another shape.
         """
         prefix = f"{self.layers_module}."
         expected: dict[str, tuple[int, ...]] = {
@@ -370,7 +370,7 @@ class _Files:
         return tuple(layers)
 
     def _unused(self, expected: Shapes, shapes: Shapes) -> list[str]:
-        """The tensors of layers that the class does not use; they stay with their layers.
+        """The layers' tensors that the class does not use; they stay with their layers.
 
         Raises:
             UserError: the tensors are not those that the class expects.
@@ -394,14 +394,13 @@ class _Files:
             others = f", and {len(wrong) + len(more) - 1} more like this" if len(wrong) + len(more) > 1 else ""
             raise UserError(
                 f"{self.where}: {name}: expected {wanted}, found {found}{others}.",
-                "Load it with transformers and save it again, or get config and weights that belong together.",
+                "Load it with transformers and save it again, or use matching config and weights.",
             )
         return unused
 
 
 def _with_tables(found: Architecture, model: PreTrainedModel) -> Architecture:
-    """The architecture with the tensors outside the layers that have a part for each layer: they become smaller with
-    the model."""
+    """Add the tensors outside the layers that have a part for each layer, and shrink with the model."""
     assert found.inspected is not None
     depth, in_files = found.n_layers, {memory: file for file, memory in found.inspected.outside.items()}
     ordinary = (found.embedding_in_memory, found.family.head_in_memory)
@@ -427,9 +426,9 @@ def _with_tables(found: Architecture, model: PreTrainedModel) -> Architecture:
 
 
 def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
-    """Why a model cannot consist of just these of its layers, in order; None where it can.
+    """Why a model cannot consist of only these of its layers, in order; None if it can.
 
-    Where a family file describes the layers, it can.
+    With a family file, it always can.
     """
     if architecture.inspected is None:
         return None
@@ -441,22 +440,20 @@ def problem_of(architecture: Architecture, kept: Sequence[int]) -> str | None:
     layers = model.get_submodule(architecture.layers_in_memory)
     assert isinstance(layers, nn.ModuleList)
     if [structure_of(layer) for layer in layers] != [architecture.inspected.structures[index] for index in kept]:
-        return (
-            "what its layers are like depends on their number or on the depth, and the config cannot say it otherwise"
-        )
+        return "its layers depend on their index or on the depth in a way that the config cannot describe otherwise"
     return None
 
 
 class Possible:
-    """Which of its layers a model may consist of; looked at once for all layers that are built alike."""
+    """Whether a model may consist of some of its layers; decided once for all layers of equal structure."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self._problems: dict[tuple[str, ...], str | None] = {}
 
     def __call__(self, layers: Sequence[int]) -> bool:
-        """Whether it may consist of just these: where layers can only be removed, whether its config can describe that,
-        and every kind of layer is there."""
+        """Whether it may consist of only these layers. If layers can only be removed, the config must be able to
+        describe them, and every kind of layer must stay."""
         kinds, inspected = self.architecture.layer_types, self.architecture.inspected
         if inspected is None:
             return True
@@ -469,7 +466,7 @@ class Possible:
 
 
 def removals(architecture: Architecture) -> list[list[int]]:
-    """Layers of a model that may stay by themselves: without one of the first, and without two of the others."""
+    """Sets of layers that make a valid model: without one of the first, and without two of the others."""
     whole, possible = list(range(architecture.n_layers)), Possible(architecture)
 
     def without(layers: list[int], order: Iterable[int]) -> list[int]:

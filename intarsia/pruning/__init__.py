@@ -1,1 +1,1 @@
-"""Planners and the loop that takes their steps."""
+"""Planners, and the loop that takes their steps."""

@@ -1,9 +1,8 @@
 """The original without one block of adjacent layers, as further starts of the final heal.
 
-Steps are taken one by one, each the best of its time, and their path need not lead to the best model: where one block
-of layers is dropped at once, the healed model can be better (dev/LOG.md). Of the blocks of that length those across
-which the residual stream turns less than the median (arXiv 2403.17887 takes the one of the least turn) are compared by
-calibration loss.
+Steps are greedy, and their path need not lead to the best model: dropping one block of layers at once can give a better
+healed model (dev/LOG.md). The blocks whose angular distance is below the median (arXiv 2403.17887 takes the smallest)
+are compared by calibration loss.
 """
 
 from __future__ import annotations
@@ -25,20 +24,19 @@ if TYPE_CHECKING:
 
 
 def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str, Any]]:
-    """The blocks of `removed` layers without which the calibration loss is least, the best first.
+    """The blocks of `removed` layers whose removal gives the least calibration loss, best first.
 
-    The half of the blocks of whole layers with the least angular distance is raced; then the best of them with the same
-    shifted by half a layer, either way: such a block begins with the MLP of a layer and ends with the attention of a
-    later one.
+    Race the half of the whole-layer blocks with the least angular distance, then the best of them against themselves
+    shifted by half a layer either way: a shifted block runs from the MLP of one layer to the attention of a later one.
 
     Args:
         model: the original, measured.
-        number: how many of them.
+        number: how many to return.
 
     Returns:
         The first layer of each (`start`), the layer after its last (`end`), whether it is shifted by half a layer
-        (`half`: the attention of the first and the MLP of the last stay), and the loss without it in nats, as far as it
-        was measured (`loss`).
+        (`half`: the attention of the first and the MLP of the last stay), and the loss without it in nats on the text
+        that it was raced on (`loss`).
     """
     starts = sorted(model.droppable(removed), key=lambda start: model.span_distance(start, removed, "all-tokens"))
     if not starts:
@@ -56,7 +54,7 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
         ]
         if halves:
             both = [*(block for block, _ in found), *halves]
-            found = _raced(model, both, number, f"dropping {removed} layers, from half a layer on")
+            found = _raced(model, both, number, f"dropping {removed} layers, shifted by half a layer")
     return [
         {"start": block.start, "end": block.start + block.count, "half": bool(block.ops), "loss": loss}
         for block, loss in found
@@ -64,7 +62,7 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
 
 
 def _raced(model: Intermediate, blocks: Sequence[Change], number: int, title: str) -> list[tuple[Change, float]]:
-    """The blocks of least loss, the best first, and the loss without each as far as it was measured."""
+    """The blocks of least loss, best first, each with the loss without it on the text that it was raced on."""
     _, sums = model.race(blocks, racing=True, keep=number, title=title)
     return [(blocks[index], mean_loss(sums[index], model.counts_N)) for index in best_of_groups(sums, number)]
 
@@ -75,11 +73,11 @@ def starts_of(recipe: Recipe, blocks: Sequence[Mapping[str, Any]], architecture:
     found: list[Start] = []
     for block in blocks:
         first, end = block["start"], block["end"]
-        name = f"that leaves {first} to {end - 1} out of the original"
+        name = f"the original without layers {first} to {end - 1}"
         joined: tuple[Op, ...] = ()
         if block.get("half"):
             joined = (half_layers(whole[first], whole[end - 1], "fold", architecture),)
-            name = f"that leaves the MLP of {first} to the attention of {end - 1} out of the original"
+            name = f"the original without mlp {first} to attention {end - 1}"
         layers = [*whole[:first], *joined, *whole[end:]]
         if tuple(layers) != tuple(recipe.layers) or recipe.fitted:
             found.append(Start(name=name, recipe=recipe.with_layers(layers)))

@@ -1,7 +1,7 @@
-"""What a plan takes, before it starts: parameters, weights, hidden states, passes over the text, and disk.
+"""An estimate of a plan's cost: parameters, weights, hidden states, passes over the text, and disk.
 
-Sizes follow from the config. Passes are an upper bound: a change re-runs only the layers after it, and which one is
-changed is not known before.
+Sizes follow from the config. Passes are an upper bound: a change re-runs only the layers after it, and its place is not
+known in advance.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What is printed by `--dry-run`."""
+    """The cost of a plan, as `--dry-run` prints it."""
 
-    # Parameters of the model, and of the one that is made.
+    # Parameters of the model before and after.
     parameters_before: int
     parameters_after: int
-    # Bytes of all weights, in the dtype that the model runs in.
+    # Bytes of all weights in the dtype of the run.
     weight_bytes: int
-    # Bytes of the hidden states of the calibration text, at every depth that is kept.
+    # Bytes of the calibration text's hidden states at all kept depths.
     hidden_bytes: int
-    # Passes of the whole model over the calibration text: of planning, and of the closed form after it.
+    # Passes of the whole model over the calibration text, for planning and for the closed form after it.
     passes_at_most: float
     heal_passes_at_most: float = 0.0
-    # Bytes of the weights that are made, on disk.
+    # Bytes of the new weights on disk.
     disk_bytes: int
 
     def words(self) -> str:
@@ -47,7 +47,7 @@ class Estimate:
 
 
 def blocks_raced(starts: int, kept: int) -> int:
-    """How many of the blocks of whole layers are raced: those of least angular distance, of which `kept` are wanted."""
+    """The number of whole-layer blocks to race, to keep `kept`: those of least angular distance."""
     return min(starts, max(kept, math.ceil(starts / 2)))
 
 
@@ -61,11 +61,11 @@ def estimate(
     seq_len: int,
     dtype: torch.dtype | None,
 ) -> Estimate:
-    """What planning down to `target` layers takes.
+    """The cost of planning down to `target` layers.
 
     Args:
         measured: tokens of the text on which the original is measured.
-        dtype: what the model runs in; None for the checkpoint's own.
+        dtype: of the run; None for the checkpoint's own.
     """
     from intarsia.activations.architecture_checks import state_of
 
@@ -74,7 +74,7 @@ def estimate(
     after = parameters - (depth - target) * architecture.layer_parameters
     stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype.itemsize
     running = stored if dtype is None else dtype.itemsize
-    # Parts of the text that the original is measured on, and its successors; blocks and healing in the loop keep the
+    # Shares of the text on which the original and later models are measured. Blocks and healing in the loop keep the
     # original's hidden states beside those of the model.
     whole, share = measured / tokens, min(1.0, (planner.plan_tokens or tokens) / tokens)
     kept_whole = bool(planner.measures or planner.progressive or planner.blocks)
@@ -83,7 +83,7 @@ def estimate(
     forwards = planner.forwards_at_most(architecture, target, rows)
     first = min(depth, forwards)
     if planner.blocks:
-        # Blocks of whole layers, then the best of them and each of these shifted by half a layer, either way.
+        # Blocks of whole layers, then the best of them and their two shifts by half a layer.
         number = blocks_raced(target + 1, planner.blocks)
         raced = share_at_most(number, rows, racing=True, keep=planner.blocks)
         forwards += raced * sum(range(target + 1 - number, target + 1)) + 3 * min(planner.blocks, number) * target

@@ -1,4 +1,4 @@
-"""The model in the middle of pruning: its layers, hidden states, and what is measured on them and on changes of them.
+"""The model during pruning: its layers and hidden states, and measures of them and of possible changes.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width.
 """
@@ -28,13 +28,13 @@ from intarsia.pruning.scores import angular_distance
 from intarsia.pruning.step import Change, Criterion
 from intarsia.recipe.recipe import Fitted, Op
 
-# Sequences that the loss of the model after a step is measured on.
+# Sequences for the calibration loss after a step.
 _LOSS_SEQUENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """What is measured on a model, beside its hidden states."""
+    """Measures of a model without its hidden states."""
 
     layers: list[Layer]
     measures: list[LayerMeasure]
@@ -43,18 +43,18 @@ class _Kept:
 
 
 class Intermediate(RecipeLayers):
-    """The current layers, their measures and hidden states, which can be kept and come back to.
+    """The current layers with their measures and hidden states; `keep` and `rewind` save and restore them.
 
-    The original's hidden states are shared with what heals the model, where they are there.
+    Healing shares the original's hidden states, if they exist.
 
     Attributes:
         loop: runs layers over the calibration text, and counts them.
-        hidden: the hidden states at every depth, as measured.
-        rows: the first sequences of the calibration text, which everything but the original's hidden states is
-            measured on; see `look_at`.
-        measures: what each current layer does on them.
+        hidden: the measured hidden states at every depth.
+        rows: the first sequences of the calibration text, on which everything but the original's hidden states is
+            measured; see `look_at`.
+        measures: the measures of each current layer on them.
         may_become: whether the model may consist of some layers of the original.
-        criterion: what candidates are compared by: their loss, or their divergence (KL) from the original's next-token
+        criterion: compare candidates by their loss, or by their divergence (KL) from the original's next-token
             distribution.
     """
 
@@ -69,12 +69,12 @@ class Intermediate(RecipeLayers):
         memory_budget: MemoryBudget | None = None,
         after_final_norm: bool = False,
     ) -> None:
-        """Nothing is run yet; `measure` does that.
+        """Run nothing yet; see `measure`.
 
         Args:
             fitted: tensors that replace layers' own, by layer.
-            batch_tokens: tokens of a forward pass; sensible for the device by default.
-            memory_budget: what hidden states may take in memory before they spill to disk.
+            batch_tokens: tokens of a forward pass (default: by device).
+            memory_budget: of hidden states, before they spill to disk.
             after_final_norm: take the last layer's output after the final norm, as published.
         """
         super().__init__(resident, ops, fitted)
@@ -104,7 +104,7 @@ class Intermediate(RecipeLayers):
 
     @property
     def batches(self) -> Batches:
-        """The calibration text, as many sequences at a time as the device holds."""
+        """The calibration text, in batches that fit the device."""
         return self.loop.batches
 
     @property
@@ -116,7 +116,7 @@ class Intermediate(RecipeLayers):
     def losses_N(self) -> Tensor:
         """Summed next-token loss of each of the first sequences of `rows`, in nats: float64.
 
-        It decides nothing, so it is measured on as many as tell models apart.
+        For log and report only, so a part of the text is enough.
         """
         return self._losses_N[self.rows]
 
@@ -140,9 +140,9 @@ class Intermediate(RecipeLayers):
         return [start for start in range(self.depth - count + 1) if self.may_drop(start, count)]
 
     def look_at(self, tokens: int | None) -> None:
-        """Decide on the first `tokens` of the calibration text, in whole sequences; None: on all.
+        """Measure on the first `tokens` of the calibration text, in whole sequences; None: on all.
 
-        Call it before anything is measured, or after `rewind`.
+        Call it before the first measurement, or after `rewind`.
         """
         number = len(self.corpus) if tokens is None else min(len(self.corpus), max(1, tokens // self.corpus.seq_len))
         self.rows = slice(0, number)
@@ -153,8 +153,8 @@ class Intermediate(RecipeLayers):
     def measure(self, start: int = 0, stop: int | None = None) -> None:
         """Run the layers from `start` on over the calibration text, and record measures, hidden states and loss.
 
-        With `stop` only the layers before it are run, and the loss is not measured. The original's hidden states are
-        recorded on the whole text, as healing needs them.
+        With `stop`, only run the layers before it, and do not measure the loss. The original's hidden states are
+        recorded on the whole text, for healing.
         """
         whole, stop = stop is None, self.depth if stop is None else stop
         if not self.measures:
@@ -173,7 +173,7 @@ class Intermediate(RecipeLayers):
             found = [LayerMeasure() for _ in range(start, stop)]
 
             def measure(number: int, passed: Passed) -> LayerMeasure | None:
-                # The final norm is no work for several threads.
+                # The final norm is too small for several threads.
                 normed = self.after_final_norm and start + number + 1 == self.depth
                 wanted = passed.rows.start < self.rows.stop and not normed
                 return self._measure_of(start + number, passed) if wanted else None
@@ -202,9 +202,9 @@ class Intermediate(RecipeLayers):
         self._measured = self._now()[:stop]
 
     def refresh(self) -> None:
-        """Measure, from the first layer on that is another one than when it was last measured; nothing if none is.
+        """Measure from the first layer that changed since the last measurement; do nothing if none did.
 
-        So methods that look at the same whole model, one after the other, share one pass over it.
+        So several methods share one pass over the same whole model.
         """
         same = 0
         for (op, fitted), now, now_fitted in zip(self._measured, self.ops, self.fitted, strict=False):
@@ -213,20 +213,20 @@ class Intermediate(RecipeLayers):
             same += 1
         if same == len(self._measured) == self.depth:
             return
-        # A last layer that was measured after the final norm may be no last layer any more.
+        # The old last layer was measured after the final norm, and may not be the last any more.
         self.measure(max(same - 1, 0) if self.after_final_norm else same)
 
     def replace(self, start: int, count: int, op: Op | None, *, measure: bool = True) -> None:
-        """Put one layer (or none) in the place of `count` layers, and re-run what comes after."""
+        """Replace `count` layers by one or none, and re-run the layers after them."""
         self.exchange(start, count, [] if op is None else [op])
         if measure:
             self.measure(start)
 
     def losses_with(self, changes: Iterable[Change], *, sequences: slice | None = None) -> Iterator[Tensor]:
-        """Summed loss of each sequence with one change after the other: float64, `[N]` of the slice (default: `rows`).
+        """Summed loss of each sequence, for one change at a time: float64, `[N]` of the slice (default: `rows`).
 
-        Where the criterion is `kl`, it is the divergence from the original's next-token distribution. The model itself
-        does not change: layers from the change on are run from the kept hidden states before it.
+        With the criterion `kl`, it is the divergence from the original's next-token distribution. The model itself does
+        not change: layers from the change on run from the kept hidden states before it.
         """
         expected = self.expected().rows if self.criterion == "kl" else None
         return self.loop.losses(map(self.path, changes), sequences=sequences or self.rows, expected=expected)
@@ -240,7 +240,7 @@ class Intermediate(RecipeLayers):
         group: Callable[[int], Hashable] | None = None,
         title: str,
     ) -> tuple[int, dict[int, Tensor]]:
-        """`race` between changes, by their place in the list: the best, and the summed losses that each has shown."""
+        """Race changes, by their index in the list: the best, and the summed losses of each."""
 
         def losses(places: Sequence[int], part: slice) -> Iterator[Tensor]:
             return self.losses_with([changes[place] for place in places], sequences=part)
@@ -249,13 +249,13 @@ class Intermediate(RecipeLayers):
         return race(places, losses, self.counts_N, racing=racing, keep=keep, group=group, title=title)
 
     def path(self, change: Change) -> Path:
-        """The layers from a change on, and the hidden states before it."""
+        """A path through the layers from a change on, and the hidden states before it."""
         new = [Placed(self.resident.module(op), op.sources[0].layer) for op in change.ops]
         rest = self.placed(change.start + change.count)
         return Path(layers=[*new, *rest], read=partial(self.hidden_at, change.start))
 
     def hidden_at(self, depth: int, rows: slice) -> Tensor:
-        """H^depth of some sequences, as it was measured."""
+        """The measured H^depth of some sequences."""
         return self.hidden.get(depth, rows.start, rows.stop, self.resident.device)
 
     @torch.inference_mode()
@@ -281,13 +281,13 @@ class Intermediate(RecipeLayers):
 
     @property
     def kept(self) -> bool:
-        """Whether something is kept that `rewind` comes back to."""
+        """Whether there is a kept state for `rewind`."""
         return self._kept is not None
 
     def keep(self) -> None:
-        """Keep what is measured now: `rewind` comes back to it, whatever is measured in between.
+        """Keep the current layers and measurements, to which `rewind` returns.
 
-        So methods that change the model, one after the other, share one pass over the whole one.
+        So several methods that change the model share one pass over the whole one.
         """
         self._hold()
         self._kept = _Kept(
@@ -298,7 +298,7 @@ class Intermediate(RecipeLayers):
         )
 
     def rewind(self) -> None:
-        """Be what it was at `keep` again; nothing is run."""
+        """Return to the state at `keep`, without running anything."""
         assert self._kept is not None, "nothing was kept"
         self.hidden.restore()
         self.measures, self._measured = list(self._kept.measures), list(self._kept.layers)
@@ -308,10 +308,10 @@ class Intermediate(RecipeLayers):
             self.fit(index, fitted)
 
     def original(self) -> TeacherStates:
-        """The hidden states of the original at every depth, kept from now on.
+        """The original's hidden states at every depth, kept from now on.
 
-        They are those that were measured, where the whole model is what was kept or measured last, and else cost a
-        layer-forward for each layer.
+        If the whole model was kept or measured last, its hidden states are reused; else this costs a layer-forward for
+        each layer.
         """
         if self._original is None:
             if self._is_original() and self.hidden.held is None:
@@ -322,20 +322,20 @@ class Intermediate(RecipeLayers):
         return self._original
 
     def expected(self) -> Likeliest:
-        """The original's likeliest next tokens, of `rows`."""
+        """The original's likeliest next tokens on `rows`."""
         if self._likeliest is None or len(self._likeliest.log_p) < self.rows.stop:
             end = Path(layers=[], read=partial(self.original().at, self.architecture.n_layers))
             self._likeliest = self.loop.likeliest(end, sequences=self.rows)
         return self._likeliest
 
     def close(self) -> None:
-        """Free the hidden states, the original's with them."""
+        """Free all hidden states, including the original's."""
         if self._original is not None:
             self._original.close()
         self.hidden.close()
 
     def _measure_of(self, index: int, passed: Passed) -> LayerMeasure:
-        """What a layer does on the sequences of one batch."""
+        """The measures of a layer on one batch."""
         found, mask, normed = LayerMeasure(), passed.mask, self.loop.stream.residual(passed.after)
         if self.after_final_norm and index + 1 == self.depth:
             normed = self.loop.stream.final_norm(passed.after, passed.ids, mask)
@@ -350,22 +350,22 @@ class Intermediate(RecipeLayers):
         self._losses_N[rows], _ = self.loop.stream.losses(h_BTD, ids, mask)
 
     def _output(self, depth: int, rows: slice, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """H^depth of some sequences; of the last layer after the final norm, where that is wanted."""
+        """H^depth of some sequences; after the last layer with the final norm, if `after_final_norm` is set."""
         h_BTD = self.hidden_at(depth, rows)
         if self.after_final_norm and depth == self.depth:
             return self.loop.stream.final_norm(h_BTD, ids, mask)
         return self.loop.stream.residual(h_BTD)
 
     def _hold(self) -> None:
-        """Keep the hidden states that are there; those that are measured later are stored besides."""
+        """Keep the current hidden states; later ones are stored beside them."""
         self.hidden.hold()
         self.hidden.only(self.rows.stop)
         self._held_original = self._is_original()
 
     def _now(self) -> list[Layer]:
-        """The layers as they are, measured or not."""
+        """The current layers, measured or not."""
         return list(zip(self.ops, self.fitted, strict=True))
 
     def _is_original(self) -> bool:
-        """Whether what was measured last is the whole model as it was."""
+        """Whether the last measured model is the original."""
         return is_whole(self._measured, self.architecture.n_layers)

@@ -1,7 +1,7 @@
-"""The ladder of a run folder: the recipe for every depth that a plan has passed through.
+"""The ladder of a run folder: a recipe for every depth that a plan passed through.
 
-A step counts as done when its line is in the log; its recipe is written before. So whatever instant a plan is killed
-at, the log and the ladder agree, and the same command resumes after the last logged step.
+A step is done when its line is in the log; its recipe is written before that. So log and ladder agree whenever a plan
+is killed, and the same command resumes after the last logged step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _WANTED = "wanted.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The depth that a plan was last asked for."""
+    """The last requested depth of a plan."""
 
     layers: int
-    # Why the method cannot come to it, where it cannot.
+    # Why the method cannot reach it, if it cannot.
     stopped: str | None = None
 
 
@@ -33,7 +33,7 @@ class Ladder:
     """The recipes of a run folder, by depth.
 
     Attributes:
-        run: the run folder; it is opened by whoever adds to it.
+        run: the run folder; open it before adding steps.
     """
 
     def __init__(self, run: RunDir | Path) -> None:
@@ -41,7 +41,7 @@ class Ladder:
 
     @classmethod
     def existing(cls, path: str | Path) -> Ladder:
-        """The ladder of a run folder, to read.
+        """The ladder of an existing run folder, for reading.
 
         Raises:
             UserError: there is no run folder.
@@ -64,7 +64,7 @@ class Ladder:
         """Record a step: its recipe first, then its line.
 
         Raises:
-            UserError: the disk is full. The step does not count then.
+            UserError: the disk is full; the step does not count.
         """
         path = self.run.artifact("ladder", self.recipe_path(len(recipe.layers)).name)
         with full_disk_named(self.path):
@@ -72,7 +72,7 @@ class Ladder:
         self.run.log().append(entry)
 
     def want(self, wanted: Wanted) -> None:
-        """Record what is asked for: another depth may be, each time the plan is resumed.
+        """Record the requested depth, which may differ each time the plan is resumed.
 
         Raises:
             UserError: the disk is full.
@@ -81,7 +81,7 @@ class Ladder:
             self.run.write_json(_WANTED, wanted)
 
     def wanted(self) -> Wanted | None:
-        """What was asked for; None before anything is.
+        """The requested depth; None if there is none yet.
 
         Raises:
             UserError: the file with it is damaged.
@@ -90,30 +90,30 @@ class Ladder:
         if not path.exists():
             return None
         remedy = "Delete the file; the next `intarsia plan` with the same command writes it again."
-        found = read_json(path, expected="the depth that the plan is to come to", remedy=remedy)
+        found = read_json(path, expected="the target depth of a plan", remedy=remedy)
         if not isinstance(found.get("layers"), int):
-            raise UserError(f"{path} does not say which depth the plan is to come to.", remedy)
+            raise UserError(f"{path} does not hold the target depth of the plan.", remedy)
         return Wanted(layers=found["layers"], stopped=found.get("stopped"))
 
     def unfinished(self) -> str | None:
-        """How far a plan is that has not come to the depth it was asked for; None where it has, or none is known."""
+        """How far an unfinished plan is, in words; None if it reached its target, or none is known."""
         wanted, depths = self.wanted(), self.depths()
         if wanted is None or (depths and depths[-1] <= wanted.layers):
             return None
-        reached = f"it has come to {depths[-1]} layers" if depths else "no step is done yet"
-        why = "" if wanted.stopped is None else f" and goes no further: {wanted.stopped}"
+        reached = f"it has reached {depths[-1]} layers" if depths else "no step is done yet"
+        why = "" if wanted.stopped is None else f" and stopped: {wanted.stopped}"
         return f"{reached} on the way down to {wanted.layers}{why}"
 
     def recipe_path(self, layers: int) -> Path:
-        """Where the recipe for a depth is (or will be)."""
+        """The path of the recipe for a depth, existing or not."""
         return self.path / "ladder" / f"layers-{layers:03d}.yaml"
 
     def depths(self) -> list[int]:
-        """Depths whose recipes are there, the deepest model first."""
+        """Depths with a recipe, deepest model first."""
         return [int(entry["layers"]) for entry in self.log()]
 
     def reaches(self, layers: int) -> bool:
-        """Whether the plan has come down to a depth."""
+        """Whether the plan reached a depth."""
         return bool(depths := self.depths()) and depths[-1] <= layers
 
     def recipe(self, layers: int) -> Recipe:

@@ -1,12 +1,12 @@
-"""The step loop: a planner's steps, one after the other, each recorded before the next.
+"""The step loop: take a planner's steps, and record each before the next.
 
-With `--heal-in-loop` every layer that is new after a step, or stands for more original layers than before, is fitted
-in closed form before the next step is chosen: its inputs are the hidden states of the healed layers before it, its
-target the original's at the end of its span. If the loss of held-out sequences rises, the layers stay as they were. Of
-several steps, the finalists, each is healed, and the one of least held-out loss is taken.
+With `--heal-in-loop`, every layer that is new after a step, or whose span has grown, is fitted in closed form before
+the next step is chosen: its inputs are the hidden states of the healed layers before it, its target the original's
+after its span. If the held-out loss rises, the fit is rejected. Of several finalists each is healed, and the one of
+least held-out loss is taken.
 
-Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. Where only a layer's
-span has grown, its fitted tensors are the starting point.
+Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. If only a layer's span
+has grown, its fitted tensors are the starting point.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def prune(
 ) -> str | None:
     """Step down from `start` (the recipe that `model` holds) to `target` layers.
 
-    Steps that are in the ladder already are not done again: `start` is then the last one.
+    Steps already in the ladder are not repeated: `start` is then the last one.
 
     Args:
-        spent: layer-forwards of the model that do not belong to the first step (default: those so far).
+        spent: layer-forwards before the first step (default: all so far).
 
     Returns:
         None, or why the planner stopped before the target.
@@ -98,7 +98,7 @@ def prune(
 def _take(
     planner: Planner, model: Intermediate, healer: StepHealer | None, steps: Sequence[Step]
 ) -> tuple[Step, dict[str, Any]]:
-    """Change the model: by the best step, or by that of the finalists which is best when it is healed."""
+    """Change the model by the best step; of several finalists, the one that is best after healing."""
     if healer is not None:
         step, found = healer.take(steps)
         return step, {**step.evidence, "heal": found}
@@ -114,7 +114,7 @@ def _take(
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A step, what is fitted if it is taken, and the held-out sequences' summed loss without and with that."""
+    """A step with its fit, and the summed held-out loss without and with the fit."""
 
     step: Step
     fits: list[LayerFit]
@@ -135,14 +135,14 @@ class StepHealer:
         self.settings = settings
 
     def take(self, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
-        """Change the model by the step whose healed model has the least held-out loss; of equal ones the first.
+        """Change the model by the step of least held-out loss after healing; the first of equal ones.
 
         Returns:
-            The step. And as plain data: the output projections that were fitted, whether the fit is accepted, the loss
-            of held-out sequences without and with it, how many layer-forwards this cost beside measuring the model,
-            and of several steps the losses of each.
+            The step. And as plain data: the fitted output projections, whether the fit is accepted, the held-out loss
+            without and with it, the layer-forwards without those of measuring the model, and for several steps the
+            losses of each.
         """
-        model, original = self.model, self.model.original()  # held while the whole model is what was measured
+        model, original = self.model, self.model.original()  # kept while the measured model is the whole one
         spent, tokens = model.layer_forwards, max(int(model.counts_N[self.held_out].sum()), 1)
         trials: list[_Trial] = []
         with current().task(f"healing {len(steps)} finalists" if len(steps) > 1 else "healing", len(steps)) as task:
@@ -172,7 +172,7 @@ class StepHealer:
         }
 
     def _tried(self, step: Step, original: TeacherStates) -> _Trial:
-        """A step, healed and evaluated; the model is as before afterwards."""
+        """Heal and evaluate a step, then restore the model."""
         model, rows = self.model, self.held_out
         was = list(model.ops), list(model.fitted), list(model.modules)
         first, due = self.exchange(step.start, step.count, step.op)
@@ -193,20 +193,20 @@ class StepHealer:
         after = float(losses_after(model, first, rows).sum()) if fitted else before
         model.ops, model.fitted, model.modules = was
         if reached > first:
-            model.refresh()  # those before a second layer that was fitted were measured anew
+            model.refresh()  # measure the layers before a second fitted layer
         return _Trial(step=step, fits=fits, fitted=fitted, before=before, after=after)
 
     @property
     def held_out(self) -> list[int]:
-        """The sequences that nothing is fitted on."""
+        """The sequences excluded from fitting."""
         return list(range(0, self.model.rows.stop, self.settings.held_out))
 
     def exchange(self, start: int, count: int, op: Op | None) -> tuple[int, dict[int, int]]:
         """Make the change.
 
         Returns:
-            The first layer whose output may change, and the layers to heal, each with the depth that it is fitted
-            toward: the new layer, and one that now stands for more original layers than before.
+            The first layer whose output may change, and the layers to heal, each with the depth of its target: the
+            new layer, and one whose span has grown.
         """
         model, depth = self.model, self.model.architecture.n_layers
         known = set(zip(model.ops, derive_spans(model.ops, depth), strict=True))
@@ -238,7 +238,7 @@ class StepHealer:
 
 
 def losses_after(model: Intermediate, start: int, rows: Sequence[int]) -> Tensor:
-    """Summed loss of some sequences as the layers are now, from H^start as it was measured: float64, `[rows]`."""
+    """Summed loss of some sequences with the current layers, from the measured H^start: float64, `[rows]`."""
 
     def read(part: slice) -> Tensor:
         return model.hidden.rows(start, rows[part], model.resident.device)

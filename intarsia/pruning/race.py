@@ -1,4 +1,4 @@
-"""A race: candidates see an ever larger part of the calibration set, and those that are clearly worse leave early."""
+"""Racing: evaluate candidates on growing parts of the calibration set, and eliminate the clearly worse ones early."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Sequences of the first part; every further one doubles what was seen.
+# Sequences of the first part; each further part doubles the total.
 _FIRST = 2
-# Standard errors by which a candidate leaves early, and the sequences that takes; fewer are not raced on at all.
+# Standard errors at which a candidate is eliminated, and the least number of sequences for that.
 _ERRORS = 2.0
 _LEAST = 8
-# Candidates that are compared until the end, at least.
+# Least number of candidates to compare until the end.
 _LAST = 2
 
 
@@ -32,21 +32,21 @@ def race(
     group: Callable[[Name], Hashable] | None = None,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
-    """The candidate with the least loss on the calibration set, and what every candidate has shown.
+    """The candidate of least loss on the calibration set, and the losses of all candidates.
 
-    After each part the worse half leaves, and so does a candidate whose paired differences to the best, sequence by
+    After each part, eliminate the worse half, and every candidate whose paired differences to the best, sequence by
     sequence, have a mean of more than two standard errors above zero.
 
     Args:
-        candidates: distinct; of equal ones the first wins.
-        losses: for each of some candidates the summed loss on each of some sequences, float64.
-        counts_N: tokens predicted in each sequence.
-        racing: False lets all of them run to the end.
-        keep: how many of the best so far are never given up; the race ends as soon as no more are left.
-        group: of candidates of one group only the best is kept so; by default each is a group of its own.
+        candidates: distinct; the first of equal ones wins.
+        losses: the summed loss of some candidates on each of some sequences, float64.
+        counts_N: predicted tokens in each sequence.
+        racing: False evaluates all of them on everything.
+        keep: number of best candidates that are never eliminated; the race stops when no others are left.
+        group: gives a candidate's group, of which `keep` counts only the best; by default its own.
 
     Returns:
-        The best, and the summed losses of each candidate on the sequences it ran on.
+        The best, and the summed losses of each candidate on the sequences that it ran on.
     """
     import torch
 
@@ -74,14 +74,14 @@ def race(
 def best_of_groups(
     sums: Mapping[Name, Tensor], number: int, group: Callable[[Name], Hashable] | None = None
 ) -> list[Name]:
-    """The best candidates, each of another group, of those that were not given up: the best first."""
+    """The best surviving candidates of distinct groups, best first."""
     last = max(found.numel() for found in sums.values())
     finished = [name for name in sums if sums[name].numel() == last]
     return _leaders(sorted(finished, key=lambda name: float(sums[name].sum())), number, group)
 
 
 def mean_loss(sums_N: Tensor, counts_N: Tensor) -> float:
-    """Loss a token on the sequences that a candidate ran on, in nats."""
+    """Loss per token on the sequences that a candidate ran on, in nats."""
     return float(sums_N.sum() / counts_N[: sums_N.numel()].sum())
 
 
@@ -103,9 +103,9 @@ def _leaders(ranked: Sequence[Name], number: int, group: Callable[[Name], Hashab
 def _survivors(
     alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int, group: Callable[[Name], Hashable] | None
 ) -> list[Name]:
-    """The better half of the candidates, less those that are clearly worse than the best, in the order of `alive`.
+    """The better half of the candidates without the clearly worse ones, in the order of `alive`.
 
-    `means` are losses a token, by sequence. At least two are compared until the end, unless one is clearly best.
+    `means` are losses per token, by sequence. At least two survive, unless one is clearly best.
     """
     if means[alive[0]].numel() == 0:
         return list(alive)
@@ -118,14 +118,14 @@ def _survivors(
 
 
 def share_at_most(candidates: int, sequences: int, *, racing: bool, keep: int = 1) -> float:
-    """The share of all candidates on all sequences that a race runs at most, where one costs up to twice the mean."""
+    """The most that a race costs, as a share of all candidates on all sequences; one costs up to twice the mean."""
     parts = [part.stop - part.start for part in _parts(sequences, racing=racing)]
-    run = 2 * _length(candidates, parts, keep) - candidates * parts[0]  # of the first part all are run
+    run = 2 * _length(candidates, parts, keep) - candidates * parts[0]  # all candidates run on the first part
     return min(1.0, run / (candidates * sequences))
 
 
 def _length(candidates: int, sizes: Sequence[int], keep: int) -> int:
-    """Sequences that a race runs at most, for the time left."""
+    """Sequences that a race runs at most."""
     length = 0
     for size in sizes:
         length += candidates * size

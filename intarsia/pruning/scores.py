@@ -29,8 +29,8 @@ def channel_sensitivity(activation_C: Tensor, weight_DC: Tensor) -> Tensor:
 def piece_scores(sensitivity_C: Tensor, architecture: Architecture, part: Part) -> Tensor:
     """A piece's score is the mean over its channels: `[P]`.
 
-    Channels of o_proj lie by query head, and the query heads of a KV group are consecutive, so the channels of a
-    group are one run.
+    Channels of o_proj are ordered by query head, and the query heads of a KV group are consecutive, so the channels
+    of a group are contiguous.
     """
     return sensitivity_C.reshape(architecture.n_pieces(part), -1).mean(dim=1)
 
@@ -40,12 +40,12 @@ def part_scores(
 ) -> Tensor:
     """The score of every piece of a layer's part, `[P]`.
 
-    S_c is the mean size (sum of absolute values) of what channel c adds to the residual stream. An expert's score is
-    the same of what the expert adds, router weight included, and 0 at tokens that are not routed to it; that is what
-    the hooks measure of it (`intarsia.activations.statistics`).
+    S_c is the mean L1 norm of channel c's contribution to the residual stream. An expert's score is the mean L1 norm of
+    its contribution, router weight included and 0 at tokens that are not routed to it, as the hooks measure it
+    (`intarsia.activations.statistics`).
 
     Args:
-        sums: of the output projection's inputs, as the hooks see them.
+        sums: of the output projection's inputs, from the hooks.
         l2: root mean squares instead of means.
     """
     activation_C = sums.root_mean_square_C if l2 else sums.mean_absolute_C
@@ -64,8 +64,8 @@ BINS = 48
 
 
 def sensitivity_map(layers: Iterable[Mapping[Part, Tensor]]) -> dict[str, list[list[float]]]:
-    """By layer: the score of every KV group, and the means of `BINS` equal parts of the channels from the least
-    sensitive to the most (of every channel, where a layer has no more than that)."""
+    """By layer: the score of every KV group, and the means over `BINS` equal parts of the channels, sorted by
+    sensitivity (single channels if there are no more than that)."""
     groups, channels = [], []
     for scores in layers:
         groups.append([digits(value) for value in scores["attention"].tolist()])
@@ -81,11 +81,11 @@ def digits(value: float) -> float:
 
 
 def ratios(influences: Sequence[float], sharpness: float = 1.0) -> list[float]:
-    """Shares proportional to influence^sharpness; equal shares where no layer has any influence."""
+    """Shares proportional to influence^sharpness; equal shares if all influences are 0."""
     largest = max(influences)
     if largest <= 0.0:
         return [1.0 / len(influences)] * len(influences)
-    # Relative to the largest, so that a great sharpness does not make zeros of them all.
+    # Relative to the largest, so that a large sharpness does not underflow to zeros.
     powers = [(max(influence, 0.0) / largest) ** sharpness for influence in influences]
     total = sum(powers)
     return [power / total for power in powers]
@@ -101,7 +101,7 @@ def dominate(shares: Sequence[float], floor: float) -> list[float]:
 
 
 def counts(shares: Sequence[float], total: int) -> list[int]:
-    """Floor of each share of `total`, with the remainder to the largest share (the first, where several are)."""
+    """Floor of each share of `total`, with the remainder to the largest share (the first of equal ones)."""
     # A share like 0.3 * 10 must not lose a piece to rounding.
     whole = [int(share * total + 1e-9) for share in shares]
     largest = max(range(len(shares)), key=lambda index: shares[index])

@@ -1,4 +1,4 @@
-"""A planner's decision, and how it is logged."""
+"""Planners, their steps, and how steps are logged."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Step:
     count: int
     # None: the layers are dropped.
     op: Op | None
-    # What it was decided on, as plain data for the log.
+    # The basis of the decision, as plain data for the log.
     evidence: Mapping[str, Any]
-    # Every layer of the model after the step, where that is not the model before with a change at one place.
+    # All layers of the model after the step, if it changes more than one place.
     whole: Sequence[Op] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """`ops` stand in the place of the `count` layers from `start` on."""
+    """`ops` in place of the `count` layers from `start` on."""
 
     start: int
     count: int
@@ -46,13 +46,13 @@ Criterion: TypeAlias = Literal["loss", "kl"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings(Checked):
-    """Settings of methods whose plan is followed by a comparison of blocks."""
+    """Settings of methods whose plan also compares blocks."""
 
-    # Calibration tokens that decide the steps (default: all); the original is measured on all of them.
+    # Calibration tokens for choosing steps (default: all). The original is measured on all of them.
     plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
-    # Blocks of adjacent layers, of least loss, without each of which the original is healed too; the best is kept.
+    # Also heal the original without each of the N best blocks of adjacent layers, and keep the best result.
     blocks: int = 0
-    # What candidates and blocks are compared by: their loss, or KL(original || candidate) of the next token.
+    # Compare candidates and blocks by their loss, or by KL(original || candidate) of the next token.
     criterion: Criterion = "loss"
 
     def checks(self) -> Iterator[Check]:
@@ -62,62 +62,62 @@ class PlanSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveSettings(PlanSettings):
-    """Settings that every method has which measures the model after each step."""
+    """Settings of all methods that measure the model after each step."""
 
-    # Heal what each step changes in closed form, before the next step is chosen.
+    # Heal the layers that a step changes in closed form before choosing the next step.
     heal_in_loop: bool = False
 
 
 class Planner:
     """A method. It decides one step at a time and changes nothing itself.
 
-    It is registered with `@planner(NAME)`, in a file of its own; its settings, if it has some, come to `__init__`.
+    Register it with `@planner(NAME)` in a file of its own; `__init__` gets its settings, if it has any.
     """
 
-    # Whether a decision needs the current model to be measured anew.
+    # Whether each decision needs measures of the current model.
     progressive = False
-    # Whether the first decision needs the whole model to be measured.
+    # Whether the first decision needs measures of the whole model.
     measures = True
     # Whether the last layer's influence is measured after the final norm.
     after_final_norm = False
-    # Whether it cannot do without joining layers, or pieces of them.
+    # Whether it needs to join layers or pieces.
     joins = False
-    # Layers that become one in a step, at most. With more than two, the last step depends on the target.
+    # Most layers that a step merges into one. With more than two, the last step depends on the target.
     layers_at_once = 2
-    # How many blocks of the original the final heal starts from too, and on how many tokens steps and blocks are
-    # decided (None: all).
+    # Number of blocks without which the final heal also starts, and tokens for choosing steps and blocks (None:
+    # all).
     blocks = 0
     plan_tokens: int | None = None
-    # How many models of the target depth the final heal starts from (see `other_finalists`).
+    # Number of models of the target depth from which the final heal starts (see `other_finalists`).
     finalists = 1
-    # What candidates and blocks are compared by.
+    # Measure by which candidates and blocks are compared.
     criterion: Criterion = "loss"
-    # How the layers that a step changes are healed before the next one; for progressive methods.
+    # How changed layers are healed before the next step; for progressive methods.
     in_loop: ClosedFormSettings | None = None
-    # Where a long decision may log what it measures, and find what it had measured before a restart.
+    # Log for the measurements of a long decision, which a restart reads.
     journal: Log | None = None
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Sequence[Step]:
-        """The next step towards `target` layers; none where nothing more is allowed.
+        """The next step towards `target` layers; an empty list if none is allowed.
 
-        Several, the best first, are finalists: each is healed, and the one of least loss is taken.
+        Several steps, best first, are finalists: each is healed, and the one of least loss is taken.
 
         Args:
-            history: the evidence of the steps before, in order (also of those done before a restart).
+            history: the evidence of all earlier steps in order, also those before a restart.
         """
         raise NotImplementedError
 
     def reason(self) -> str:
-        """Why nothing more is allowed, for the user."""
+        """Why no further step is allowed, for the user."""
         return "no layer is left"
 
     def other_finalists(
         self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture
     ) -> Mapping[str, Sequence[Op]]:
-        """Other models of the depth that a step led to, from which the final heal starts too, by what they are called.
+        """Other models of the step's depth from which the final heal also starts, by name.
 
         Args:
-            evidence: of the step.
+            evidence: that of the step.
             whole: the original's layers.
         """
         return {}
@@ -126,16 +126,16 @@ class Planner:
         """Layer-forwards over the calibration text from the whole model down to `target` layers, at most.
 
         Args:
-            sequences: how many steps are decided on.
+            sequences: number of sequences for choosing steps.
         """
         return architecture.n_layers if self.measures else 0
 
 
 class Progressive(Planner):
-    """A method that measures the model anew after every step, and can have each step healed."""
+    """A method that measures the model after every step, and can have each step healed."""
 
     progressive = True
-    # Of each step.
+    # Most finalists in a step.
     candidates_healed = 1
 
     def __init__(self, settings: ProgressiveSettings) -> None:
@@ -145,7 +145,7 @@ class Progressive(Planner):
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
         """Layer-forwards that healing one step of a model of `current` layers takes at most.
 
-        For each candidate two layers are fitted, the model is measured anew, and the held-out loss is measured twice.
+        For each finalist, two layers are fitted, and the model and twice the held-out loss are measured.
         """
         from intarsia.healing.layer_fit import passes
 
@@ -156,7 +156,7 @@ class Progressive(Planner):
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
-    """The steps from `depth` down to `target` where `merge` layers become one: current depth, and layers merged."""
+    """The steps from `depth` down to `target`, merging `merge` layers each: current depth, and layers merged."""
     while depth > target:
         count = min(merge, depth - target + 1)
         yield depth, count
@@ -164,16 +164,16 @@ def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
 
 
 def one_attention_type(model: Intermediate, ops: Sequence[Op]) -> bool:
-    """Whether all sources of these layers attend in one way (fully, or over a sliding window): others do not merge."""
+    """Whether all sources of these layers have one type of attention (full or sliding window), as merging requires."""
     types = model.architecture.layer_types
     return types is None or len({types[source.layer] for op in ops for source in op.sources}) == 1
 
 
 def without_half_layers(model: Intermediate, start: int, count: int, norm: NormMode = "fold") -> Op | None:
-    """The attention of the first with the MLP of the last of `count` layers: what is between them is dropped.
+    """The attention of the first with the MLP of the last of `count` layers; everything between is dropped.
 
     Returns:
-        None where the two layers are no pieces of originals, attend in different ways, or can only be removed.
+        None if the two layers are not pieces of original ones, differ in attention type, or can only be removed.
     """
     if model.architecture.removal_only:
         return None
@@ -192,17 +192,17 @@ def describe(op: Op) -> Mapping[str, Any]:
 
 
 def mlp_pieces(mixture: bool) -> str:
-    """What the pieces of an MLP are called."""
+    """The name of the pieces of an MLP."""
     return "experts" if mixture else "channels"
 
 
 def of_experts(provenance: Mapping[str, Any]) -> bool:
-    """Whether a recipe tells that its MLPs are mixtures of experts."""
+    """Whether the recipe's MLPs are mixtures of experts, by its provenance."""
     return provenance.get("mlp_pieces") == mlp_pieces(True)
 
 
 def step_words(entry: Mapping[str, Any], mlp: str) -> str:
-    """What a logged step made; `mlp` is what the pieces of an MLP are called."""
+    """A logged step in words; `mlp` is the name of the pieces of an MLP."""
     op = entry["op"]
     if op is None:
         return "dropped"
@@ -216,7 +216,7 @@ def step_words(entry: Mapping[str, Any], mlp: str) -> str:
 
 
 def step_line(entry: Mapping[str, Any], mlp: str) -> str:
-    """A logged step on one line: the depth it leads to, where it was, what is there now, and what was measured."""
+    """The log line of a step: its depth, place, result and losses."""
     line = f"{entry['layers']} layers: at {entry['merged'][0]}, {step_words(entry, mlp)}"
     if entry["loss"] is not None:
         line += f", calibration loss {entry['loss']:.4f}"
@@ -229,13 +229,13 @@ def step_line(entry: Mapping[str, Any], mlp: str) -> str:
 
 
 class OneShot(Planner):
-    """Removal in the order of a score; of equal scores the lower layer goes first."""
+    """Removal in the order of a score; of equal scores the lower layer first."""
 
-    # Passes over the calibration text that `score` takes, with the one that measures the model; 0: weights suffice.
+    # Passes over the calibration text for `score`, including the one that measures the model; 0: none.
     passes = 1
-    # How many of the first and of the last original layers are never dropped.
+    # Number of first and of last original layers that are never dropped.
     protect = (0, 0)
-    # What the scores are called in the log.
+    # The name of the scores in the log.
     scored = "scores"
 
     @property
@@ -244,11 +244,11 @@ class OneShot(Planner):
         return self.passes > 0
 
     def score(self, model: Intermediate) -> list[float]:
-        """One number a layer of the whole model; what is small is dropped first."""
+        """One number per layer of the whole model; the smallest is dropped first."""
         raise NotImplementedError
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """Drop the layer of least score among those left that may go."""
+        """Drop the remaining layer of least score that may be dropped."""
         scores: list[float] = history[0][self.scored] if history else self.score(model)
         first, last = self.protect
         left = [op.sources[0].layer for op in model.ops]
@@ -267,5 +267,5 @@ class OneShot(Planner):
         return f"this method never drops the first {first} and the last {last} layers, and no others are left"
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
-        """Those of the score."""
+        """Layer-forwards of the score."""
         return self.passes * architecture.n_layers

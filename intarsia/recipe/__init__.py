@@ -1,1 +1,1 @@
-"""What we want: the full description of an output model."""
+"""Recipes: the full description of an output model."""

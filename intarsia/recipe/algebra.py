@@ -1,8 +1,8 @@
-"""Recipes out of recipes: concatenation flattened to original layers, weighted sums, and the reference of a recipe.
+"""Recipe algebra: concatenation flattened to original layers, weighted sums, and the reference of a recipe.
 
 Concatenation is closed under composition: a piece of a merged layer is a piece of some original layer, so merging a
-merged layer gives one `Concat` over original layers. The order of pieces inside a layer does not change what the
-layer computes, so a flat `Concat` groups its cuts by source. A weighted sum of weighted sums is one again.
+merged layer gives one `Concat` over original layers. The order of pieces inside a layer does not matter, so a
+flat `Concat` groups its cuts by source. A weighted sum of weighted sums is a weighted sum.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ def concat_of(
     """One flat op that joins pieces of current layers, each given as an op over original layers.
 
     Args:
-        kept: for each of them the indices of its own pieces that are kept (a part that is not named keeps none). A
-            layer of which nothing is kept contributes nothing, whatever its weights.
-        weights: for each of them how much it counts in the parameters that belong to no piece; they need not sum
-            to 1 over the contributing layers.
-        fuse: the result adds what it leaves out onto what it keeps, all over again from the original layers.
+        kept: for each of them the indices of its kept pieces (a missing part keeps none). A layer without kept pieces
+            contributes nothing, whatever its weights.
+        weights: for each of them its weight in the parameters that belong to no piece; they need not sum to 1.
+        fuse: add discarded pieces to kept ones, starting from the original layers.
 
     Raises:
-        UserError: the result is no flat concatenation: a `Merge` contributes part of itself, norm modes are mixed, a
-            piece would appear twice, or an index does not exist.
+        UserError: the result is not a flat concatenation: part of a `Merge` is kept, norm modes are mixed, a piece is
+            used twice, or an index does not exist.
     """
-    assert len(ops) == len(kept) == len(weights), "one set of kept pieces and weights a layer"
+    assert len(ops) == len(kept) == len(weights), "one set of kept pieces and weights per layer"
     used = [index for index in range(len(ops)) if any(len(kept[index].get(part, ())) for part in PARTS)]
     if len(used) == 1 and all(tuple(kept[used[0]].get(part, ())) == _whole(architecture, part) for part in PARTS):
         op = simplify(ops[used[0]], architecture)
@@ -49,9 +48,9 @@ def concat_of(
 
 
 def half_layers(first: Op, last: Op, norm: NormMode, architecture: Architecture) -> Op:
-    """The attention of one layer with the MLP of a later one: the model without what is between them.
+    """The attention of one layer with the MLP of a later one, which removes everything between them.
 
-    Exact where a layer is attention, then MLP.
+    Exact if a layer is attention, then MLP.
     """
     kept: list[Mapping[Part, Sequence[int]]] = [{part: _whole(architecture, part)} for part in PARTS]
     return concat_of(
@@ -65,7 +64,7 @@ def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
     A layer of weight 0 contributes nothing.
 
     Raises:
-        UserError: a layer is concatenated, scaled, or merged by another method than a weighted sum.
+        UserError: a layer is concatenated, scaled, or merged by a method other than a weighted sum.
     """
     total: dict[LayerRef, float] = {}
     for op, weight in zip(ops, weights, strict=True):
@@ -86,9 +85,9 @@ def merge_of(ops: Sequence[Op], weights: Sequence[float]) -> Op:
 def simplify(op: Op, architecture: Architecture) -> Op:
     """The simplest op that builds the same layer.
 
-    A cut vanishes when it has no pieces and its weights decide nothing: they are zero, or the family has no such
-    parameters. The other cuts' weights then sum to 1 again. A concatenation that is one whole layer with its
-    pieces in order is a `Select`, and so is a `Merge` of one layer with weight 1.
+    A cut without pieces is dropped if its weights have no effect: they are zero, or the family has no such
+    parameters. The other cuts' weights then sum to 1 again. A concatenation of one whole layer with its pieces in
+    order becomes a `Select`, and so does a `Merge` of one layer with weight 1.
     """
     if isinstance(op, Merge):
         whole_layer = op.plain and op.weights == (1.0,) and len(op.sources) == 1
@@ -105,12 +104,12 @@ def simplify(op: Op, architecture: Architecture) -> Op:
 
 
 def reference_layers(recipe: Recipe) -> tuple[Op, ...]:
-    """The recipe with none of its layers removed, an op for each of the base's layers: what healing aims at.
+    """The recipe with no layer removed, an op for each of the base's layers: the target of healing.
 
-    A mixture of fine-tunes that is healed toward the base would be drawn back to it, and lose what it has of the
-    others. So each layer of a span is what the span's output layer is, at its own index: the same variant's layer, or
-    the same blend of variants. Of a concatenation each layer is that of the variant whose pieces were taken from it.
-    For a recipe over the base alone this is the base. Output scales, which compensate for removed layers, are left out.
+    Healing toward the base would draw a blend of fine-tunes back to it, and lose what it has from the others. So each
+    layer of a span gets the op of the span's output layer at its own index: the same variant's layer, or the same
+    blend. In a concatenation, each layer comes from the variant whose pieces were taken from it. For a recipe over the
+    base alone this is the base. Output scales, which compensate for removed layers, are dropped.
     """
     found: dict[int, Op] = {}
     for op, (start, stop) in zip(recipe.layers, recipe.spans, strict=True):
@@ -121,7 +120,7 @@ def reference_layers(recipe: Recipe) -> tuple[Op, ...]:
 
 
 def _at(op: Op, layer: int) -> Op:
-    """What an op is at another layer."""
+    """An op, moved to another layer."""
     if isinstance(op, Concat):
         own = next((cut.source for cut in op.cuts if cut.source.layer == layer), op.cuts[0].source)
         return Select(source=replace(own, layer=layer))
@@ -158,7 +157,7 @@ def _joined(
         for part in PARTS:
             if len(set(by_part[part])) < len(by_part[part]):
                 expected = f"every {part} piece of {source} at most once"
-                raise _not_representable("concatenation", expected, "one that is twice")
+                raise _not_representable("concatenation", expected, "a repeated one")
     joined = tuple(
         Cut(
             source=source,
@@ -208,7 +207,7 @@ def _parts_that_weigh(architecture: Architecture, norm: NormMode) -> tuple[Part,
 
 
 def with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
-    """The cuts with weights that sum to 1 for each part; by share of pieces where all weights are zero."""
+    """The cuts with weights that sum to 1 for each part; by share of pieces if all weights are zero."""
     factors: dict[Part, float] = {part: sum(cut.weights.get(part, 0.0) for cut in cuts) for part in PARTS}
     sizes = {part: sum(len(cut.pieces(part)) for cut in cuts) for part in PARTS}
 
@@ -223,8 +222,8 @@ def with_unit_weights(cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
 
 
 def _not_representable(where: str, expected: str, found: str) -> UserError:
-    """The error about what one flat op cannot say."""
+    """The error for a result that one flat op cannot express."""
     return UserError(
         f"{where}: expected {expected}; found {found}.",
-        "Build the inner recipe first and use the built model as the source.",
+        "Build the inner recipe first, and use the built model as the source.",
     )

@@ -24,22 +24,22 @@ _Number: TypeAlias = Annotated[float, Field(ge=-MAX_INDEX, le=MAX_INDEX, allow_i
 
 @dataclass
 class Context:
-    """What the validators of one file share."""
+    """Shared by the validators of one file."""
 
-    # The side file's tensors; None where it cannot be read, which is a problem of its own.
+    # The side file's tensors; None if it cannot be read, which is reported separately.
     tensors: Mapping[str, Any] | None
-    # Names of tensors that the recipe uses.
+    # Names of the tensors that the recipe uses.
     used: set[str] = field(default_factory=set)
-    # How many indices may still come.
+    # Number of indices still allowed.
     pieces_left: int = _MAX_PIECES
 
     def tensor(self, name: str) -> Any:
-        """A tensor of the side file; None where that cannot be read."""
+        """A tensor of the side file; None if that cannot be read."""
         if self.tensors is None:
             return None
         self.used.add(name)
         if name not in self.tensors:
-            raise unexpected(f"tensor {name!r} in the side file", "none", "Use the side file that belongs to it.")
+            raise unexpected(f"tensor {name!r} in the side file", "none", "Use the recipe's own side file.")
         return self.tensors[name]
 
 
@@ -127,7 +127,7 @@ def _fitted(value: Mapping[int, list[str]], info: ValidationInfo) -> Fitted:
 
 
 def _named(value: Any) -> Any:
-    """Provenance may say anything, under names that other tools can read."""
+    """Provenance may hold anything, under keys that other tools can read."""
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str):
@@ -164,7 +164,7 @@ else:
 
 
 class Weights(Strict):
-    """How much a cut counts in what belongs to no piece."""
+    """The weights of a cut for parameters that belong to no piece."""
 
     attention: _Number
     mlp: _Number
@@ -188,16 +188,16 @@ class ConcatEntry(Strict):
 
 
 class MixEntry(Strict):
-    """How the tensors of several layers are combined; whether the method takes that, `validate` says."""
+    """How the tensors of several layers are combined; `validate` checks the method's conditions."""
 
     method: MergeMethod = "linear"
     weights: list[_Number] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
     params: dict[str, Any] = Field(default_factory=dict)
 
     def mix(self, sources: int) -> Mix:
-        """The mix of that many layers; equal weights and the method's defaults where none are given."""
+        """The mix of that many layers, with equal weights and the method's defaults unless given."""
         known = METHODS.get(self.method)
-        # What does not hold stays as it is, for `mistakes` to refuse.
+        # Invalid values stay, so that `mistakes` reports them.
         decimal = {name: each for name, each in known.parameters.items() if not each.whole} if known else {}
         params = {
             name: float(value) if name in decimal and decimal[name].holds(value) else value
@@ -217,7 +217,7 @@ class MergeEntry(MixEntry):
 
 
 class OpEntry(Strict):
-    """An output layer; or several, where a run of layers is selected."""
+    """An output layer; or several, if a range of layers is selected."""
 
     select: _Layers | None = None
     concat: ConcatEntry | None = None
@@ -232,7 +232,7 @@ class OpEntry(Strict):
 
 
 class VariantEntry(Strict):
-    """Where a variant is."""
+    """The location and hash of a variant."""
 
     model: Text
     revision: Text | None = None
@@ -276,7 +276,7 @@ class RecipeFile(Strict):
             error = unexpected("no base beside the short form 'model'", remedy="Leave it out.")
             raise_misplaced([(("base",), error, self.base)])
         if self.variants is not None and self.base is None and len(self.variants) > 1:
-            error = unexpected("the name of the variant that gives everything outside the layers", "none", "Add it.")
+            error = unexpected("the variant of everything outside the layers", "none", "Add it.")
             raise_misplaced([(("base",), error, None)])
         count = sum(len(entry.select[1]) if entry.select else 1 for entry in self.layers)
         if count > MAX_LAYERS:

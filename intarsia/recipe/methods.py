@@ -1,4 +1,4 @@
-"""What each merge operator takes, as it says itself: read from the registry, so that nothing is said twice."""
+"""The parameters and conditions of each merge operator, read from its registration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 2.0**31 - 1
 class Bounds:
     """The range of a parameter, as in `density: Annotated[float, Bounds(0.0, 1.0, open=True)] = 0.5`."""
 
-    # The smallest value, itself excluded where `open`, and the largest.
+    # The smallest value, excluded if `open`, and the largest.
     least: float = -_MOST
     most: float = _MOST
     open: bool = False
@@ -26,18 +26,18 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A number that an operator takes."""
+    """A numeric parameter of an operator."""
 
-    # What the function calls it.
+    # Its name in the function.
     argument: str
-    # The value where none is given.
+    # Its default.
     default: float
     bounds: Bounds = Bounds()
     # Whether it is a whole number.
     whole: bool = False
 
     def holds(self, value: object) -> bool:
-        """Whether a value may stand here."""
+        """Whether a value is valid."""
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return False
         return self.bounds.least <= value <= self.bounds.most and not (self.bounds.open and value == self.bounds.least)
@@ -49,23 +49,23 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What an operator needs; see `intarsia.registry.merge_op`."""
+    """The properties of an operator; see `intarsia.registry.merge_op`."""
 
     function: Callable[..., Any]
     # Whether it works on differences to a base layer.
     base: bool
-    # How many sources may have a weight other than 0.
+    # Least and greatest number of sources with a nonzero weight.
     least: int
     most: int | None
-    # What the weights must be: "finite", "sum 1", "positive" or "equal".
+    # The condition on weights: "finite", "sum 1", "positive" or "equal".
     weights: str
     # Its parameters, by name.
     parameters: Mapping[str, Parameter]
-    # Whether it draws at random: it has a seed, and gets a generator for each tensor.
+    # Whether it is random: it has a seed, and gets a generator for each tensor.
     random: bool
-    # What a search chooses, with the range of each.
+    # The searched names, with their ranges.
     search: Mapping[str, tuple[float, float]]
-    # What is wrong with parameters together, as what is expected instead.
+    # The expectation that a combination of parameters violates, if any.
     rule: Callable[[Mapping[str, float]], str | None]
     _settle: Callable[[Mapping[str, float]], Mapping[str, float]] | None = field(default=None)
 
@@ -74,7 +74,7 @@ class Method:
         return {parameter.argument: params[name] for name, parameter in self.parameters.items() if parameter.argument}
 
     def settle(self, searched: Mapping[str, float]) -> dict[str, float]:
-        """The parameters that a search's choices mean; those that are the weights' are left out."""
+        """The parameters for a search's choices, without those of the weights."""
         if self._settle is not None:
             return dict(self._settle(searched))
         known = self.parameters
@@ -125,7 +125,7 @@ def _method(function: Callable[..., Any], name: str) -> Method:
 def _parameter(function: Callable[..., Any], argument: str, default: Any) -> Parameter:
     if argument == "generators":
         return Parameter(argument=argument, default=0)
-    # That parameter's annotation alone: those of the tensors cannot be read without torch.
+    # Only this parameter's annotation, because those of tensors cannot be read without torch.
     own = SimpleNamespace(__annotations__={argument: function.__annotations__.get(argument, float)})
     hint = get_type_hints(own, globalns=function.__globals__, include_extras=True)[argument]
     bounds = next((fact for fact in get_args(hint) if isinstance(fact, Bounds)), Bounds())
@@ -135,6 +135,6 @@ def _parameter(function: Callable[..., Any], argument: str, default: Any) -> Par
 
 
 def with_defaults(name: MergeMethod, given: Mapping[str, float]) -> dict[str, float]:
-    """Every parameter of a method, its default where it is not given; of an unknown method those that are given."""
+    """Every parameter of a method, given or default; for an unknown method the given ones."""
     method = METHODS.get(name)
     return {**({key: each.default for key, each in method.parameters.items()} if method else {}), **given}

@@ -23,14 +23,14 @@ MergeMethod: TypeAlias = str
 """The name of a registered merge operator."""
 _RUN = re.compile(r"\s*([0-9]{1,10})\s*(?:-\s*([0-9]{1,10})\s*)?", re.ASCII)
 SCHEMA_VERSION = 1
-VARIANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # What may stand before the colon in `math:4`.
+VARIANT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")  # The text before the colon in `math:4`.
 Span = tuple[int, int]
 Fitted = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class LayerRef:
-    """Layer `layer` (from 0) of the variant called `variant`."""
+    """Layer `layer` (from 0) of the variant `variant`."""
 
     variant: str
     layer: int
@@ -57,8 +57,8 @@ class Cut:
     source: LayerRef
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
-    # How much this cut counts, part by part, in the parameters that belong to no piece: the biases of o_proj and
-    # down_proj, QK-norm weights and, with norm mode `average`, the norms. They sum to 1 over the cuts of a `Concat`.
+    # The weight of this cut, by part, in the parameters that belong to no piece: the biases of o_proj and down_proj,
+    # QK-norm weights and, with norm mode `average`, the norms. Weights sum to 1 over the cuts of a `Concat`.
     weights: Mapping[Part, float] = field(hash=False)
 
     def pieces(self, part: Part) -> tuple[int, ...]:
@@ -71,10 +71,10 @@ class Concat:
     """Pieces of several layers joined into one layer of the family's own shape."""
 
     cuts: tuple[Cut, ...]
-    # `fold` puts each source's norm parameters into the rows that read them, so that every piece sees the input it was
-    # trained on; `average` takes the weighted average of the norms, as in arXiv 2510.15304.
+    # `fold` folds each source's norm into the rows that read it, so that every piece sees the input it was trained on;
+    # `average` takes the weighted average of the norms, as in arXiv 2510.15304.
     norm: NormMode = "fold"
-    # Whether the pieces that are left out are added, scaled, onto the most similar ones that are kept.
+    # Whether each discarded piece is added, scaled, to the most similar kept one.
     fuse: bool = False
 
     @property
@@ -84,7 +84,7 @@ class Concat:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How the tensors of several layers are combined; `intarsia.recipe.methods` has what each method takes."""
+    """How the tensors of several layers are combined; see `intarsia.recipe.methods` for the methods' parameters."""
 
     # One for each layer; 0 leaves the layer out.
     weights: tuple[float, ...]
@@ -100,12 +100,11 @@ class Merge:
     weights: tuple[float, ...]
     method: MergeMethod = "linear"
     params: Mapping[str, float] = field(default_factory=dict, hash=False)
-    # The layer, at the index of the sources, to which methods on differences (task arithmetic and its kin) take them,
-    # and to which they add the result.
+    # The base layer of methods on differences (such as task arithmetic), at the index of the sources.
     base: LayerRef | None = None
-    # Multiplies what both parts write to the residual stream (the weights and biases of o_proj and down_proj).
+    # Factor on the outputs of both parts (the weights and biases of o_proj and down_proj).
     scale: float = 1.0
-    # How the tensors of the MLP and of its norm are combined, where that differs from the attention's.
+    # How the tensors of the MLP and its norm are combined, if it differs from the attention.
     mlp: Mix | None = None
 
     def mix(self, part: Part) -> Mix:
@@ -124,15 +123,15 @@ Op: TypeAlias = Select | Concat | Merge
 
 
 def sources_of(ops: Iterable[Op]) -> str:
-    """The layers that some ops are made of, as a person names them: `base:4, base:5`."""
+    """The source layers of some ops, in words: `base:4, base:5`."""
     return ", ".join(str(source) for op in ops for source in op.sources)
 
 
 def parse_ranges(text: str, *, most: int) -> tuple[int, ...]:
-    """The indices that a text names, in its order; an empty text names none.
+    """The indices in a text, in its order; none in an empty text.
 
     Raises:
-        ValueError: the text is something else, a range runs backwards, or it names more than `most` indices.
+        ValueError: the text is malformed, a range runs backwards, or there are more than `most` indices.
     """
     found: list[int] = []
     for run in text.split(",") if text.strip() else ():
@@ -142,7 +141,7 @@ def parse_ranges(text: str, *, most: int) -> tuple[int, ...]:
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first or last > MAX_INDEX:
-            raise ValueError(f"the range {run.strip()[:40]!r} does not run upwards within 0..{MAX_INDEX}")
+            raise ValueError(f"the range {run.strip()[:40]!r} does not ascend within 0..{MAX_INDEX}")
         if len(found) + last - first + 1 > most:
             raise ValueError(f"more than {most} indices")
         found.extend(range(first, last + 1))
@@ -150,7 +149,7 @@ def parse_ranges(text: str, *, most: int) -> tuple[int, ...]:
 
 
 def format_ranges(indices: Iterable[int]) -> str:
-    """The text for `parse_ranges` that names these indices in this order."""
+    """The text that `parse_ranges` reads as these indices."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
@@ -162,14 +161,14 @@ def format_ranges(indices: Iterable[int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One member of a family of models: where it is, and the hash of its weights."""
+    """A variant: the location of a model, and the hash of its weights."""
 
     name: str
     # A local folder, a hub id or `demo`.
     model: str
-    # Of a hub id.
+    # Revision of a hub id.
     revision: str | None = None
-    # None in a recipe by hand.
+    # None in a handwritten recipe.
     sha256: str | None = None
 
 
@@ -178,25 +177,25 @@ class Recipe:
     """An output model, layer by layer."""
 
     variants: tuple[Variant, ...]
-    # The variant that gives everything outside the layers (embeddings, final norm, config, tokenizer).
+    # The variant of everything outside the layers (embeddings, final norm, config, tokenizer).
     base: str
     # The base's number of layers.
     depth: int
     # One op for each output layer.
     layers: tuple[Op, ...]
-    # (a, b): the output layer stands for the original layers a .. b-1. The spans tile 0 .. depth.
+    # (a, b): the output layer replaces the original layers a .. b-1. The spans tile 0 .. depth.
     spans: tuple[Span, ...]
-    # Tensors of output layers that replace what the op gives (float32, cast to the checkpoint's dtype on build).
+    # Tensors of output layers that replace those of the op (float32, cast to the checkpoint's dtype on build).
     fitted: Fitted = field(default_factory=dict)
-    # How the recipe was made; it decides nothing.
+    # How the recipe was made; it does not affect the model.
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name."""
+        """The variant with a name."""
         return next(variant for variant in self.variants if variant.name == name)
 
     def with_layers(self, layers: Sequence[Op], **changes: Any) -> Recipe:
-        """The same recipe with other layers, their spans derived, and no fitted tensors."""
+        """The recipe with other layers, derived spans, and no fitted tensors."""
         return replace(self, layers=tuple(layers), spans=derive_spans(layers, self.depth), **{"fitted": {}, **changes})
 
 
@@ -207,10 +206,10 @@ def identity(variant: Variant, depth: int) -> Recipe:
 
 
 def derive_spans(layers: Sequence[Op], depth: int) -> tuple[Span, ...]:
-    """Spans from the ops alone: an output layer stands for its sources and the removed layers after them.
+    """Derive spans from the ops: an output layer's span is its sources and the removed layers after them.
 
-    Layers removed before the first source belong to the first output layer. Where sources are not in order (a
-    stack deeper than the base, say), a span may be empty.
+    Layers removed before the first source belong to the first output layer. If sources are not in order (as in a
+    stack deeper than the base), a span may be empty.
     """
     starts: list[int] = []
     for op in layers:

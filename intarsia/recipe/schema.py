@@ -1,11 +1,11 @@
-"""Recipes as files: YAML for people, and a safetensors file beside it for what is too long to read.
+"""Recipes as files: YAML for people, and a safetensors side file for long lists and tensors.
 
-Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`,
-whose hash the YAML holds, so that a recipe is never read with the tensors of another. Reading runs no code, follows
-no path but the plain name of that file, and is bounded in size. Arrays stay in files, mapped: what is fitted on the
-layers of a large model takes more memory, in float32, than some layers of it.
+Short index lists are ranges in the YAML; long ones (int32) and fitted tensors (float32) go into `<stem>.safetensors`.
+The YAML holds its hash, so that a recipe is never read with the tensors of another. Reading runs no code, follows no
+path but the plain name of that file, and is bounded in size. Arrays stay memory-mapped: the fitted tensors of a large
+model, in float32, take more memory than several of its layers.
 
-Whether a recipe fits its models (does layer 31 exist?) is for `intarsia.recipe.validate.check`.
+`intarsia.recipe.validate.check` checks a recipe against its models (does layer 31 exist?).
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ from intarsia.recipe.recipe import (
 )
 from intarsia.recipe.validate import mistakes
 
-# One entry alone: safetensors writes several in an order that changes from one writing to the next.
+# A single entry, because safetensors writes several in varying order.
 _MARK = {"intarsia": "recipe"}
 _DTYPES = {"I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
 _SMALL = 2**24  # bytes; a smaller array is kept in memory
 
 Arrays = dict[str, npt.NDArray[Any]]
-_LONGEST_INLINE = 100  # Characters of ranges that a person still reads.
+_LONGEST_INLINE = 100  # Longest text of ranges in the YAML, in characters.
 _REMEDY = "Correct the recipe."
 _ONE_MODEL = "base"  # The variant's name in the short form `model: FOLDER_OR_ID`.
 
 
 def tensors_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    """SHA-256 over names, dtypes, shapes and little-endian values, in the order of names."""
+    """SHA-256 of names, dtypes, shapes and little-endian values, in the order of names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
@@ -89,11 +89,11 @@ def tensors_hash(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def read_tensors(path: Path) -> Arrays:
-    """The tensors of a side file, mapped.
+    """The memory-mapped tensors of a side file.
 
     Raises:
         OSError, SafetensorError: there is no such file, or it is damaged.
-        ValueError: a tensor has another dtype than int32 and float32; the error is its name.
+        ValueError: a tensor is neither int32 nor float32; the message is its name.
     """
     if not path.is_file():
         raise FileNotFoundError(2, "no such file")
@@ -106,7 +106,7 @@ def read_tensors(path: Path) -> Arrays:
             kinds[name] = _DTYPES[entry.get_dtype()], tuple(entry.get_shape())
     found: Arrays = {}
     whole = np.memmap(path, dtype=np.uint8, mode="c")
-    # Tensors fill the file to its last byte, in the order of their offsets.
+    # Tensors fill the file to its last byte, in the order of offsets.
     start = len(whole) - sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
     for name, (dtype, shape) in kinds.items():
         stop = start + dtype.itemsize * math.prod(shape)
@@ -137,7 +137,7 @@ def write_tensors(tensors: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Never replace a file that is not a recipe's (a model's weights, say)."""
+    """Refuse to replace a file that is not a recipe's side file, such as a model's weights."""
     if not path.exists():
         return
     try:
@@ -152,11 +152,11 @@ def refuse_foreign(path: Path) -> None:
 def spooled(
     parts: Iterable[npt.NDArray[np.float32]], shape: tuple[int, ...], folder: Path | None
 ) -> npt.NDArray[np.float32]:
-    """An array in a file without a name, which is deleted with the array.
+    """An array in an unnamed file, which is deleted with the array.
 
     Args:
-        parts: the array's rows, some at a time: it need never be in memory as a whole.
-        folder: on whose disk; None for that of temporary files.
+        parts: the array's rows, some at a time, so that it is never in memory as a whole.
+        folder: on the disk to use; None for that of temporary files.
 
     Raises:
         UserError: the disk is full.
@@ -175,17 +175,17 @@ def spooled(
 
 
 def load(path: Path) -> Recipe:
-    """The recipe in a file. What needs no model is checked; `check` says whether it fits its models.
+    """Read a recipe file and check all that needs no model; `validate.check` checks it against its models.
 
     Raises:
-        UserError: with everything that is wrong with it.
+        UserError: with every problem.
     """
     data = read_yaml(path, what="a recipe")
     problems = Problems()
     tensors: Arrays | None = {}
     if isinstance(data, dict) and data.get("tensors") is not None:
         tensors = None
-        # A form that is wrong is reported with the rest of the recipe.
+        # Report form errors together with those of the rest of the recipe.
         with problems, suppress(ValidationError):
             tensors = _side_tensors(path, SideFile.model_validate(data["tensors"]))
     with problems:
@@ -196,10 +196,10 @@ def load(path: Path) -> Recipe:
 
 
 def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
-    """The recipe that the value of a YAML file describes.
+    """The recipe for the value of a YAML file.
 
     Args:
-        tensors: the side file's; None where it could not be read.
+        tensors: of the side file; None if it could not be read.
         where: the file's name, for messages.
 
     Raises:
@@ -207,7 +207,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
     """
     version = data.get("version", SCHEMA_VERSION) if isinstance(data, dict) else SCHEMA_VERSION
     if type(version) is not int or version != SCHEMA_VERSION:
-        # Another version may mean anything by its keys; more messages would only mislead.
+        # Keys of another version may have other meanings; more messages would only mislead.
         raise UserError(
             f"{where} has version {shown(version)}; this Intarsia reads version {SCHEMA_VERSION}.",
             "Use the version of Intarsia that wrote it.",
@@ -218,7 +218,7 @@ def parse_recipe(data: Any, tensors: Arrays | None, *, where: str) -> Recipe:
         entry = RecipeFile.model_validate(data, context=context)
     except ValidationError as error:
         problems += problems_of(error, RecipeFile, where=where, remedy=_REMEDY)
-    expected, remedy = "only tensors that the recipe names", "Use the side file it came with."
+    expected, remedy = "only tensors that the recipe uses", "Use the recipe's own side file."
     unused = sorted(set(tensors or ()) - context.used)
     problems += [mismatch(f"{where}: tensors", expected, shown(name), remedy) for name in unused]
     if problems:
@@ -239,10 +239,10 @@ def _side_tensors(path: Path, entry: SideFile) -> Arrays:
         raise unusable("file", "int32 and float32 tensors only", shown(str(error)), _REMEDY) from None
     except (OSError, SafetensorError) as error:
         found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        remedy = "Keep it beside the recipe, as it was written."
+        remedy = "Keep the unchanged file beside the recipe."
         raise unusable("file", f"the side file {entry.file}", found, remedy) from None
     if entry.sha256 is not None and entry.sha256 != tensors_hash(tensors):
-        raise unusable("sha256", "the side file that belongs to this recipe", "another", "Copy both files.")
+        raise unusable("sha256", "the side file of this recipe", "another one", "Copy both files.")
     return tensors
 
 
@@ -275,7 +275,7 @@ def _recipe(entry: RecipeFile) -> Recipe:
 
 
 def _concat(entry: ConcatEntry, source: Callable[[LayerEntry], LayerRef]) -> Concat:
-    """Pieces of several layers joined; by share of pieces where no weights are given."""
+    """Pieces of several layers joined, weighted by share of pieces unless weights are given."""
     cuts = tuple(
         Cut(
             source=source(cut.source),
@@ -311,18 +311,17 @@ def _merge(entry: MergeEntry, source: Callable[[LayerEntry], LayerRef]) -> Merge
 
 
 def save(recipe: Recipe, path: Path) -> None:
-    """Write a recipe to `path` (and `<stem>.safetensors`); a file that was there is replaced at once or not at all.
+    """Write a recipe to `path` (and `<stem>.safetensors`); existing files are replaced at once or not at all.
 
     Raises:
-        UserError: the recipe is too long for a file, a file that is no recipe's stands in the side file's place, or
-            the disk is full.
+        UserError: the recipe is too long for a file, another file has the side file's name, or the disk is full.
         OSError: the folder cannot be written to.
     """
     side = path.with_suffix(".safetensors")
     text, tensors = to_yaml_text(recipe, side_file=side.name)
     if len(text) > MAX_CHARACTERS:
         raise UserError(
-            f"{path}: a recipe has at most {MAX_CHARACTERS} characters, this one {len(text)}.",
+            f"{path}: a recipe may have {MAX_CHARACTERS} characters; this one has {len(text)}.",
             "Shorten its provenance.",
         )
     if tensors:
@@ -333,7 +332,7 @@ def save(recipe: Recipe, path: Path) -> None:
 
 
 def to_yaml_text(recipe: Recipe, *, side_file: str = "recipe.safetensors") -> tuple[str, Arrays]:
-    """The text of a recipe, and the tensors that belong into its side file (int32 indices, float32 fitted)."""
+    """The YAML text of a recipe, and the tensors of its side file (int32 indices, float32 fitted tensors)."""
     tensors: Arrays = {}
     layers = [_layer(op, index, recipe.base, tensors) for index, op in enumerate(recipe.layers)]
     for layer, fitted in recipe.fitted.items():
@@ -355,9 +354,9 @@ def to_yaml_text(recipe: Recipe, *, side_file: str = "recipe.safetensors") -> tu
 
 
 def content_hash(recipe: Recipe) -> str:
-    """SHA-256 over all that decides the weights. Names of variants, spans and provenance do not.
+    """SHA-256 of all that decides the weights, without names of variants, spans and provenance.
 
-    A variant counts by the hash of its weights, and only without one by where it is found.
+    A variant counts by the hash of its weights, or without one by its location.
     """
     identity = {
         variant.name: [variant.sha256] if variant.sha256 else [variant.model, variant.revision]
@@ -401,7 +400,7 @@ def _layer(op: Op, index: int, base: str, tensors: Arrays) -> dict[str, Any]:
 
 
 def _merge_rest(op: Merge, source: Callable[[LayerRef], Any]) -> dict[str, Any]:
-    """What a merge has besides sources, method and weights; a plain sum of layers has nothing."""
+    """The keys of a merge besides sources, method and weights; none for a plain sum of layers."""
     rest: dict[str, Any] = {}
     if op.params:
         rest["params"] = _sorted(op.params)
@@ -436,7 +435,7 @@ def _reference(ref: LayerRef, base: str) -> int | str:
 
 
 def _plain(value: Any) -> Any:
-    """Provenance as plain values that UTF-8 can hold; anything else in it is a defect of whoever made it."""
+    """Provenance as plain values that UTF-8 can hold; anything else in it is a bug."""
     if isinstance(value, Mapping):
         return {_plain(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

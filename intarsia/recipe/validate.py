@@ -1,4 +1,4 @@
-"""Check a recipe, by itself and against the shapes of its models: every error at once, before anything is built."""
+"""Check a recipe, on its own and against its models' shapes: all errors at once, before anything is built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
         architectures: the architecture of every variant that the recipe uses, by the variant's name.
 
     Raises:
-        UserError: with every problem (at most fifty are listed).
+        UserError: with every problem (at most fifty).
     """
     problems = list(mistakes(recipe))
     base = architectures.get(recipe.base)
@@ -41,13 +41,13 @@ def check(recipe: Recipe, architectures: Mapping[str, Architecture]) -> None:
 
 
 def mistakes(recipe: Recipe) -> Iterator[Problem]:
-    """What is wrong with a recipe whatever its models are."""
+    """The problems of a recipe that do not depend on its models."""
     names = [variant.name for variant in recipe.variants]
     for index, name in enumerate(names):
         if not VARIANT_NAME.fullmatch(name):
             yield _problem(f"variants[{index}]", "a name of letters, digits, '_', '-' and '.'", shown(name))
         if name in names[:index]:
-            yield _problem(f"variants[{index}]", "a name of its own", f"{shown(name)} a second time")
+            yield _problem(f"variants[{index}]", "a unique name", f"{shown(name)} a second time")
     if recipe.base not in names:
         yield _problem("base", f"one of the variants {', '.join(names)}", shown(recipe.base))
     yield from _check_spans(recipe)
@@ -89,7 +89,7 @@ def _check_spans(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.layers:
         yield _problem("layers", "at least one layer", "none")
     if len(recipe.spans) != len(recipe.layers):
-        yield _problem("spans", f"{len(recipe.layers)} spans, one a layer", str(len(recipe.spans)))
+        yield _problem("spans", f"{len(recipe.layers)} spans, one per layer", str(len(recipe.spans)))
         return
     start = 0
     for index, (first, last) in enumerate(recipe.spans):
@@ -126,7 +126,7 @@ def _check_fitted(recipe: Recipe, base: Architecture) -> Iterator[Problem]:
 def _check_layer(
     op: Op, where: str, architectures: Mapping[str, Architecture], base: Architecture | None
 ) -> Iterator[Problem]:
-    """`base` gives the shape that the output layer must have; None where the recipe's base is unknown."""
+    """Check an op; `base` has the shape of the output layer, and is None if the recipe's base is unknown."""
     types: dict[str | None, LayerRef] = {}
     base_layer = (op.base,) if isinstance(op, Merge) and op.base is not None else ()
     for source in (*op.sources, *base_layer):
@@ -160,7 +160,7 @@ def _check_concat(op: Concat, where: str) -> Iterator[Problem]:
         earlier = seen.setdefault(cut.source, index)
         if earlier != index:
             found, remedy = f"{cut.source}, as in cuts[{earlier}]", "Put all pieces of a layer into one cut."
-            yield _problem(f"{where}.cuts[{index}]", "a layer that no other cut is from", found, remedy)
+            yield _problem(f"{where}.cuts[{index}]", "a layer without another cut", found, remedy)
     for part in _PIECES:
         yield from _check_weights(op.cuts, part, where)
 
@@ -201,9 +201,9 @@ def _check_merge(op: Merge, where: str) -> Iterator[Problem]:
         yield from _check_mix(mix, len(op.sources), f"{where}{prefix}")
     based = [mix.method for _, mix in mixes if mix.method in METHODS and METHODS[mix.method].base]
     if based and op.base is None:
-        yield _problem(f"{where}.base", f"the layer that {based[0]} takes differences to", "none")
+        yield _problem(f"{where}.base", f"the base layer of the differences of {based[0]}", "none")
     if not based and op.base is not None:
-        yield _problem(f"{where}.base", f"no base, for {op.method} takes no differences", str(op.base))
+        yield _problem(f"{where}.base", f"no base, because {op.method} takes no differences", str(op.base))
     if not math.isfinite(op.scale):
         yield _problem(f"{where}.scale", "a finite number", str(op.scale))
 
@@ -213,7 +213,7 @@ def _check_mix(mix: Mix, sources: int, where: str) -> Iterator[Problem]:
     if method is None:
         yield _problem(f"{where}.method", f"one of {', '.join(METHODS)}", shown(mix.method))
     if len(mix.weights) != sources:
-        yield _problem(f"{where}.weights", f"{sources} weights, one a layer", str(len(mix.weights)))
+        yield _problem(f"{where}.weights", f"{sources} weights, one per layer", str(len(mix.weights)))
         return
     bad = [index for index, weight in enumerate(mix.weights) if not math.isfinite(weight)]
     for index in bad:

@@ -1,7 +1,7 @@
-"""What a report page consists of, before it is HTML: plain data that the template lays out.
+"""The blocks of a report page: plain data for the template.
 
-Every kind of run has one function that reads it into a `Subject`. Texts are plain, and the template escapes them; only
-pictures are markup, made by this package.
+Each kind of run has a function that reads it into a `Subject`. Texts are plain, and the template escapes them; only
+pictures of this package are markup.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A picture with what it shows."""
+    """A picture with its caption."""
 
     svg: Markup
     caption: str
@@ -26,10 +26,10 @@ class Table:
     """Rows of cells as text, by column."""
 
     rows: Sequence[Mapping[str, str]]
-    # The columns that hold no numbers.
+    # Columns without numbers.
     words: Sequence[str] = ()
     caption: str = ""
-    # Shown on demand.
+    # Whether it is collapsed at first.
     folded: bool = False
 
     @property
@@ -42,30 +42,30 @@ class Table:
 class Pictures:
     """The puzzle picture at every depth of a ladder."""
 
-    # Layers of the original.
+    # Number of layers of the original.
     depth: int
-    # By depth, the deepest first; the last one is shown first.
+    # Pictures by depth, deepest first; the page opens with the last one.
     pictures: Mapping[int, Markup]
-    # What the page's script shows of the layer that is pointed at.
+    # Data of layers for the page's script.
     data: Mapping[str, Any]
-    # What is shown while no layer is pointed at.
+    # Text shown while no layer is selected.
     summary: str
-    # Names of the variants, in the order of their colours, where there are several.
+    # Names of the variants, in the order of their colours, if there are several.
     members: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What models generate after one prompt."""
+    """The answers of models to one prompt."""
 
     prompt: str
-    # By model: the text that both share, the token where they part, and the rest.
+    # By model: the shared text, the first differing token, and the rest.
     answers: Sequence[tuple[str, Sequence[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """How to make the same again: commands to copy, and facts by name."""
+    """How to reproduce a result: commands to copy, and facts by name."""
 
     commands: Sequence[str]
     facts: Sequence[tuple[str, str]]
@@ -76,7 +76,7 @@ Block: TypeAlias = Figure | Table | Pictures | Written | Origin
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Blocks under a heading, with a sentence on how to read them."""
+    """Blocks under a heading, with a sentence that explains them."""
 
     title: str
     blocks: Sequence[Block]
@@ -85,7 +85,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A number at the top of the page: what it was, what it is, and the change in words."""
+    """A number at the top of the page: its old and new value, and the change in words."""
 
     name: str
     now: str
@@ -95,12 +95,12 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A measure by depth, on one text. One chart shows those with the same measure and text."""
+    """A measure by depth, on one text. Those with the same measure and text share a chart."""
 
     name: str
     measure: str
     text: str
-    # A hash of the exact tokens.
+    # Hash of the tokens.
     text_key: str
     points: Sequence[tuple[int, float]]
 
@@ -111,14 +111,14 @@ class Subject:
 
     title: str
     subtitle: str
-    # The hash of the original's weights, empty where it is not known, and the original's name.
+    # The hash of the original's weights, empty if unknown, and the original's name.
     base: tuple[str, str]
     tiles: Sequence[Tile] = ()
-    # What a reader must know first.
+    # Important notes for the reader.
     notes: Sequence[str] = ()
-    # Sections without blocks are left out.
+    # Sections; those without blocks are omitted.
     sections: Sequence[Section] = ()
-    # What can be compared with other runs.
+    # Measures that are comparable with other runs.
     ladders: Sequence[Measured] = ()
-    # The evaluation texts: a hash of the exact tokens, and the text in words.
+    # The evaluation texts: the hash of the tokens, and the text in words.
     texts: Mapping[str, str] = field(default_factory=dict)

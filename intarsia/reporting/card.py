@@ -1,12 +1,12 @@
 """The model card: README.md of a built model, as text.
 
-`model_card` is a pure function of what is known about the model, and leaves out the rest. It reads these keys (all but
-`before` and `after` may be missing; others are ignored):
+`model_card` is a pure function of the known facts about the model. It reads these keys (all except `before` and `after`
+may be missing; others are ignored):
 
     title           name of the new model (the output folder's)
     model           the original model: a hub id, a folder, or `demo`
     revision        of a hub id
-    base_model      hub id of the original, where it is known (of `demo` it is): for the front matter
+    base_model      hub id of the original, if known, for the front matter
     family          title of the model family
     picture         file name of a picture beside the card
     method          name of the planner
@@ -14,9 +14,9 @@
                     being a number or a mapping with `value` and `stderr`
     calibration     a description, or a mapping of settings
     evaluation      the same
-    warning         a sentence where perplexity looks well and the answers do not
+    warning         a sentence, if perplexity is good and the answers are not
     settings        mapping of the planner's settings
-    heal            mapping of how the pruned model was healed, `stages` first; None where it was not
+    heal            mapping of facts about the healing, `stages` first; None without healing
     approximations  sentences about what is not exact in this family
     recipe_sha256   content hash of the recipe
     versions        mapping of package to version
@@ -59,7 +59,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         "Recipe": f"`{_code(recipe)}` (SHA-256 of its content)" if recipe else "",
         "Versions": _described(results.get("versions")),
     }
-    # Everything below is Markdown, and the filters make text harmless in it.
+    # Everything below is Markdown, and the filters escape text for it.
     environment = Environment(
         loader=PackageLoader("intarsia.reporting"),
         undefined=StrictUndefined,
@@ -102,7 +102,7 @@ def _front_matter(results: Mapping[str, Any]) -> str:
 
 
 def _base_model(results: Mapping[str, Any]) -> str | None:
-    """The hub id of the original, if any: a folder's path means nothing to anybody else."""
+    """The hub id of the original, if any; a local path is of no use to others."""
     return results.get("base_model") or (DEMO_MODEL if results.get("model") == "demo" else None)
 
 
@@ -118,7 +118,7 @@ def _source(results: Mapping[str, Any]) -> str:
 
 
 def _described(value: Any) -> str:
-    """A description as it is, a mapping as `name value, name value`."""
+    """A description unchanged, a mapping as `name value, name value`."""
     if isinstance(value, Mapping):
         return ", ".join(
             f"{title_of(key)} `{_code(text_of(key, part))}`" for key, part in value.items() if part is not None
@@ -127,17 +127,17 @@ def _described(value: Any) -> str:
 
 
 def _line(text: Any) -> str:
-    """Text on one line, with nothing in it that a renderer would take for HTML."""
+    """Text on one line, escaped against HTML."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _code(text: Any) -> str:
-    """Text for inside backticks."""
+    """Text for use inside backticks."""
     return " ".join(str(text).replace("`", "'").split())
 
 
 def inherited(card: str | None) -> dict[str, Any]:
-    """Licence and languages from the front matter of another model's card; empty where there are none."""
+    """Licence and languages from the front matter of another model's card; empty without any."""
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card or "", flags=re.DOTALL)
     fields: Any = None
     if found is not None and len(found[1]) <= 64 * 1024:

@@ -1,8 +1,8 @@
-"""A comparison of methods on disk, and its table.
+"""A comparison of methods: its files, and its table.
 
-A folder with `compare.json` (the settings, texts and tasks) and `rows.jsonl` (one model a line, appended as it is
-measured; the original is the row with method `dense`). An incomplete last line is ignored; of two lines about the same
-model the later one counts.
+Its folder has `compare.json` (settings, texts and tasks) and `rows.jsonl` (one model per line, appended when it is
+measured; the original is the row with method `dense`). An incomplete last line is ignored; of two lines about one model
+the later one counts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ANSWERS = {
     "tokens of an answer": "length",
     "perplexity of answers": "perplexity",
 }
-"""Columns of the table, and what they are in a row's answers."""
+"""Columns of the table, with their keys in a row's answers."""
 
 WORDS = ("method", "heal", "note")
-"""Columns of the table that hold no numbers."""
+"""Columns of the table without numbers."""
 
 Key = tuple[str, int, str]
 """Method, layers and heal, which identify a row."""
@@ -48,15 +48,14 @@ Measure = Mapping[str, Any]
 class Row:
     """One model of a comparison."""
 
-    # The planner's name, with its changed settings where there are any; `dense` for the original; the name of a model
-    # that existed already.
+    # The planner's name with non-default settings; `dense` for the original; the name of an existing model.
     method: str
     layers: int
     # `none`, or heal stages joined by `+`.
     heal: str = "none"
     parameters: int | None = None
     bytes: int | None = None
-    # By name of the text: `value`, `nll`, `stderr`, `windows`, `sha256`.
+    # By the text's name: `value`, `nll`, `stderr`, `windows`, `sha256`.
     perplexity: Mapping[str, Measure] = field(default_factory=dict)
     # The fields of `evaluation.results.Agreement`.
     answers: Mapping[str, Any] | None = None
@@ -64,17 +63,17 @@ class Row:
     tasks: Mapping[str, Any] | None = None
     # The fields of `evaluation.results.Speed`.
     speed: Mapping[str, Any] | None = None
-    # The cost, None where there was none. Of the original it is what its methods share.
+    # The cost; None without any. For the original, the cost shared by all methods.
     layer_forwards: float | None = None
     plan_seconds: float | None = None
     heal_forwards: float | None = None
     heal_seconds: float | None = None
-    # Its recipe, relative to the folder; None where the method did not reach this depth.
+    # Its recipe, relative to the folder; None if the method did not reach this depth.
     recipe: str | None = None
     recipe_sha256: str | None = None
-    # Of the weights of a model that existed already.
+    # Hash of the weights of an existing model.
     weights_sha256: str | None = None
-    # A remark on it, or why the method did not reach this depth.
+    # A remark, or why the method did not reach this depth.
     note: str | None = None
 
     @property
@@ -93,7 +92,7 @@ class Row:
 
     @property
     def line(self) -> str:
-        """All of it on one line, for a person."""
+        """The row on one line, for the log."""
         shown = ((name, self.measure(name)) for name in (*self.perplexity, "agreement", MEAN))
         words = [f"{name} {_written(name, measure)}" for name, measure in shown if measure is not None]
         words += [] if self.speed is None else [f"{self.speed['decode_tokens_per_s']:.1f} tokens/s"]
@@ -115,7 +114,7 @@ class Row:
         scores = {score["name"]: score["metrics"][score["primary"]] for score in self.tasks["scores"]}
         if name != MEAN:
             return scores.get(name)
-        # Tasks are drawn independently; without an error of one of them there is none of the mean.
+        # Tasks are independent; if one has no error, the mean has none.
         errors = [measure["stderr"] for measure in scores.values()]
         stderr = None if None in errors else math.hypot(*errors) / len(errors)
         return {"value": self.tasks["mean"], "stderr": stderr}
@@ -133,9 +132,9 @@ class Comparison:
     # Names of the tasks.
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
-    # The models that the finished comparison has, where the folder records them.
+    # The models of the finished comparison, if the folder records them.
     asked: tuple[Key, ...] = ()
-    # The command that makes the same again.
+    # The command to reproduce it.
     command: str | None = None
 
     @property
@@ -144,12 +143,12 @@ class Comparison:
 
     @property
     def pruned(self) -> tuple[Row, ...]:
-        """All rows but the original's."""
+        """All rows except the original's."""
         return tuple(row for row in self.rows if row.method != DENSE)
 
     @property
     def dense(self) -> Row | None:
-        """The original model, where it has been measured."""
+        """The original's row, if it was measured."""
         return next((row for row in self.rows if row.method == DENSE), None)
 
     @property
@@ -170,7 +169,7 @@ class Comparison:
 
     @property
     def depths(self) -> list[int]:
-        """The depths of the pruned models, the deepest first."""
+        """The depths of the pruned models, deepest first."""
         return sorted({row.layers for row in self.pruned}, reverse=True)
 
 
@@ -178,7 +177,7 @@ def load(path: Path) -> Comparison:
     """Read a comparison.
 
     Raises:
-        UserError: the folder holds none, or a damaged one.
+        UserError: the folder holds no comparison, or a damaged one.
     """
     facts = read_json(
         path / SETTINGS,
@@ -195,7 +194,7 @@ def load(path: Path) -> Comparison:
         base_sha256=facts.get("base_sha256"),
         settings=facts.get("settings") or {},
         eval_texts=facts.get("eval_texts") or (),
-        # Results name the tasks as they were scored; before the first row there are only the names asked for.
+        # Results have the names of the scored tasks; before the first row, use the requested names.
         tasks=tuple(dict.fromkeys(scored or named)),
         rows=rows,
         asked=tuple(itertools.product(*asked)),
@@ -204,14 +203,14 @@ def load(path: Path) -> Comparison:
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows of a `rows.jsonl`, in order; none where there is no such file yet.
+    """The rows of a `rows.jsonl`, in order; none if there is no such file yet.
 
     Raises:
-        UserError: a complete line is no row.
+        UserError: a complete line is not a row.
     """
     found: dict[Key, Row] = {}
     expected = "a row of a comparison with at least `method` and `layers`"
-    remedy = "Delete this line: the same command measures the model again."
+    remedy = "Delete this line; the same command then measures the model again."
     for number, entry in Log(path).numbered():
         with damage_named(f"{path}, line {number}", expected=expected, remedy=remedy):
             row = Row(**{name: entry[name] for name in Row.__dataclass_fields__ if entry.get(name) is not None})
@@ -220,7 +219,7 @@ def read_rows(path: Path) -> tuple[Row, ...]:
 
 
 def cells(comparison: Comparison) -> list[dict[str, Any]]:
-    """The table: a mapping for each row, without what is empty; a measure with its error is a mapping too."""
+    """The table: a mapping for each row, without empty values; a measure with its error is a mapping too."""
     return [_cells(row, comparison) for row in comparison.rows]
 
 
@@ -257,7 +256,7 @@ def _written(name: str, value: Any) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The table as CSV. A standard error has a column of its own after its measure."""
+    """The table as CSV, with a column for each standard error after its measure."""
     rows = []
     for row in cells(comparison):
         flat: dict[str, Any] = {}

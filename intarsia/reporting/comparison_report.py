@@ -1,4 +1,4 @@
-"""A comparison of methods as a part of a report, and its figures."""
+"""The report's part about a comparison of methods, and its figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from intarsia.reporting.figures import Axis, Point, Series, chart, layers_axis
 from intarsia.reporting.puzzle import pieces_of, puzzle_svg
 from intarsia.reporting.wording import PARTING, model_name, pairs_of, short
 
-_BROKEN = 30.0  # times the original's perplexity: by how much more does not matter
+_BROKEN = 30.0  # times the original's perplexity, beyond which values are cut off
 _LONG_TABLE = 12
 _ACROSS = {"parameters": "parameters", "layers": "layers", "decode_tokens_per_s": "tokens/s, decode"}
 
@@ -56,7 +56,7 @@ def read(path: Path) -> Subject:
 
 
 def figure(found: Comparison, *, against: str = "parameters", quality: str) -> Markup:
-    """Draw the quality of every model, a curve for each method, dashed and hollow where it was healed.
+    """Draw the quality of every model: a curve for each method, dashed and hollow for healed models.
 
     Args:
         against: `parameters`, `layers` or `decode_tokens_per_s`.
@@ -119,7 +119,7 @@ def _notes(found: Comparison) -> list[str]:
     done = {row.key for row in found.rows}
     if missing := [f"{key[0]} at {key[1]}" for key in found.asked if key not in done]:
         names = few(missing, 4)
-        return [f"This comparison is not finished: models still to be measured: {len(missing)} ({names})."]
+        return [f"This comparison is not finished. Models not measured yet: {len(missing)} ({names})."]
     return [] if found.dense else ["The original model has not been measured."]
 
 
@@ -155,20 +155,20 @@ def _quality(found: Comparison) -> Section:
 
 
 def _agreement(found: Comparison) -> Section:
-    """Agreement with the original's answers, and the share of the models' own that loop."""
+    """Agreement with the original's answers, and the share of looping answers."""
     shown = [
         name
         for name in ("agreement", "answers that loop")
         if any((row.answers or {}).get(ANSWERS[name]) for row in found.rows)
     ]
-    intro = "How often the next token is the original's along its own answers"
+    intro = "The share of next tokens equal to the original's along its answers"
     if len(shown) > 1:
-        intro += ", and how many of a model's own answers end in repeating themselves"
+        intro += ", and the share of a model's own answers that end in a loop"
     return Section(title="Answers", blocks=[_by_depth(found, name, name) for name in shown], intro=f"{intro}.")
 
 
 def _answers(found: Comparison) -> list[Written]:
-    """What the models of every depth answer to the first prompt."""
+    """The answers of all models to the first prompt, by depth."""
     blocks = []
     for layers in found.depths:
         shown = {
@@ -225,7 +225,7 @@ def _speed(found: Comparison) -> Section:
 
 
 def _puzzles(found: Comparison) -> Section:
-    """The puzzle of each method at the least depth, where its recipe is in the folder."""
+    """The puzzle of each method at the least depth, if its recipe is in the folder."""
     rows = [row for row in found.pruned if row.recipe]
     least = min((row.layers for row in rows), default=0)
     figures: list[Block] = []

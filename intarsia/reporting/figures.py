@@ -1,8 +1,8 @@
 """Charts as SVG, drawn by matplotlib: text stays text, and every colour is a CSS variable of the page.
 
-matplotlib draws with one stand-in colour for each variable. The SVG is then made fit for a page with a strict content
-security policy: no style attributes and no style sheet, no metadata, the same bytes for the same values. A picture in
-a file of its own (`standalone`) gets the light colours written out, with rules for a dark background.
+matplotlib draws with one stand-in colour for each variable. The SVG is then adapted to a page with a strict content
+security policy: no style attributes, no style sheet, no metadata, and the same bytes for the same values. A picture in
+a separate file (`standalone`) has the light colours, with rules for a dark background.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "soft": ("#6d665e", "#b3a899"),
     "rule": ("#8a7f72", "#8f8475"),
     "accent": ("#8f4a1d", "#e3a572"),
-    # Woods of the puzzle picture: neighbours differ enough to tell pieces of adjacent layers apart.
+    # Woods of the puzzle picture: neighbours differ enough to distinguish pieces of adjacent layers.
     "w0": ("#d9a05b", "#dca766"),
     "w1": ("#7d4e27", "#9b6a3f"),
     "w2": ("#c4693a", "#d27c4b"),
@@ -59,7 +59,7 @@ def variables() -> str:
 
 
 def standalone(svg: Markup) -> str:
-    """Return a picture of the page as the text of an SVG file; programs that know no CSS variables can read it."""
+    """Return a picture of the page as an SVG file for programs without CSS variables."""
     text = re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]][0], str(svg))
     dark = "".join(
         f'[{attribute}="{PALETTE[name][0]}"]{{{attribute}:{PALETTE[name][1]}}}'
@@ -111,15 +111,15 @@ class Axis:
 
     label: str
     log: bool = False
-    # Runs from large values to small ones.
+    # Whether it runs from large values to small ones.
     falling: bool = False
-    # Only whole numbers get a tick.
+    # Whether only whole numbers get a tick.
     whole: bool = False
-    # Begins at zero.
+    # Whether it starts at zero.
     zero: bool = False
-    # The values that get a tick; none: chosen by their range.
+    # The values with a tick; none: chosen by the range.
     ticks: Sequence[float] = ()
-    # Larger values are drawn here, with an arrow.
+    # Larger values are drawn at this one, with an arrow.
     most: float | None = None
 
 
@@ -135,7 +135,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points of one kind. Its `hue` gives it a colour and a marker; those of a dashed one are hollow."""
+    """Points of one kind. `hue` selects colour and marker; a dashed series has hollow markers."""
 
     name: str
     points: Sequence[Point]
@@ -143,14 +143,14 @@ class Series:
     dashed: bool = False
     line: bool = True
     dots: bool = True
-    # The legend names it.
+    # Whether it is in the legend.
     listed: bool = True
-    # A marker of matplotlib's, instead of that of its hue.
+    # A matplotlib marker instead of that of its hue.
     marker: str | None = None
 
 
 def layers_axis(depths: Iterable[float]) -> Axis:
-    """Return an axis from the deepest model to the shallowest, with a tick for each depth where they are few."""
+    """Return an axis from the deepest model to the shallowest, with a tick for each depth if they are few."""
     found = tuple(sorted(set(depths)))
     return Axis(label="layers", whole=True, falling=True, ticks=found if len(found) <= 12 else ())
 
@@ -164,14 +164,14 @@ def chart(
     rules: Sequence[tuple[float, str]] = (),
     note: str = "",
 ) -> Markup:
-    """Draw lines and points. `rules` are named horizontal lines to compare with; `note` is a line above the legend."""
+    """Draw lines and points. `rules` are named horizontal reference lines; `note` is a line above the legend."""
     shown = []
     for each in series:
         if finite := [point for point in each.points if math.isfinite(point.x) and math.isfinite(point.y)]:
             shown.append(replace(each, points=sorted(finite, key=lambda point: (point.x, point.y))))
     listed = [each for each in shown if each.listed]
     labels = [*(each.name for each in listed), *(name for _, name in rules)]
-    # A long name leaves room for the chart.
+    # Leave room for the chart beside a long name.
     labels = [name if len(name) <= 54 else f"{name[:53]}…" for name in labels] if len(labels) > 1 else []
     columns = max(1, int((_WIDTH - 10) // (44 + _LETTER * max(map(len, labels), default=1))))
     rows = math.ceil(len(labels) / columns) + bool(note)
@@ -199,7 +199,7 @@ def chart(
 
 
 def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str = "layer") -> Markup:
-    """Draw rows of values, the first one at the top, with stronger colour where they are larger.
+    """Draw rows of values, the first one at the top; stronger colour means larger.
 
     Shades are ten steps of the logarithm, from the 2nd to the 98th percentile of all values.
     """
@@ -222,7 +222,7 @@ def heat(rows: Sequence[Sequence[float]], *, title: str, across: str, down: str 
 
 
 def _series(axes: Any, series: Series, y: Axis, gid: str) -> Any:
-    """Draw one series, with the arrows of what is beyond the axis."""
+    """Draw one series, with arrows for points beyond the axis."""
     colour, points = _STAND_IN[f"s{series.hue % HUES}"], series.points
     looks: dict[str, Any] = {}
     if series.dots:
@@ -249,7 +249,7 @@ def _beyond(point: Point, axis: Axis) -> bool:
 
 
 def _reach(point: Point, axis: Axis) -> tuple[float, float]:
-    """From where to where a point reaches with its error; on a logarithmic axis no further down than itself."""
+    """The extent of a point with its error; on a logarithmic axis it ends at the point."""
     if _beyond(point, axis):
         return axis.most or 0.0, axis.most or 0.0
     low, high = point.y - (point.error or 0.0), point.y + (point.error or 0.0)
@@ -257,7 +257,7 @@ def _reach(point: Point, axis: Axis) -> tuple[float, float]:
 
 
 def _lay_out(drawn: Any, axis: Axis, values: Sequence[float]) -> None:
-    """Set scale, limits and ticks of an axis of a figure, so that all values are within."""
+    """Set scale, limits and ticks of an axis, so that it covers all values."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     finite = [value for value in values if math.isfinite(value)]
@@ -285,7 +285,7 @@ def _shade(value: float, low: float, high: float) -> float:
 
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Any, Any]]:
-    """An empty figure of the page's width, in its style. Fonts are the reader's, so missing letters do not matter."""
+    """An empty figure of the page's width, in its style. Fonts are the reader's, so missing glyphs do not matter."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -302,7 +302,7 @@ def _figure(height: float) -> Iterator[tuple[Any, Any]]:
 
 
 def _finished(figure: Any, title: str, titles: Mapping[str, Sequence[str]]) -> Markup:
-    """Write a figure as an `<svg>` element. `titles` are the tooltips of the markers of an artist, by its gid."""
+    """Convert a figure to an `<svg>` element. `titles` are the tooltips of the markers of an artist, by its gid."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
@@ -330,7 +330,7 @@ def _finished(figure: Any, title: str, titles: Mapping[str, Sequence[str]]) -> M
 
 
 def _attributes(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Attributes with each part of a `style` as an attribute of its own, stand-ins as variables, numbers shorter."""
+    """Attributes with each part of a `style` as a separate attribute, stand-ins as variables, and shorter numbers."""
     for name, value in given.items():
         parts = (
             [part.split(":", 1) for part in value.split(";") if part.strip()] if name == "style" else [[name, value]]

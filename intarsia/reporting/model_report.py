@@ -1,4 +1,4 @@
-"""A model folder that Intarsia has built as a part of a report: its puzzle, what it measured, how it was healed."""
+"""The report's part about a built model: its puzzle, measures and healing."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ from intarsia.reporting.wording import (
 )
 
 MEASURES_FILE = RECIPE_FILE.with_name("measures.json")
-"""What `compress` or `heal` has measured, beside the recipe."""
+"""The measures of `compress` or `heal`, beside the recipe."""
 
 _TILES = ("layers", "perplexity", "agreement", "parameters", "bytes", "decode_per_s", "prefill_per_s")
 
 
 def keep_measures(out: Path, facts: Mapping[str, Any]) -> None:
-    """Write what was measured beside the recipe of the model that was built.
+    """Write measures beside the recipe of a built model.
 
     Args:
-        facts: `model`, `before`, `after` (measures as `Measures.to_dict` gives them), and what is known of `healed`,
-            `models` (rows of measures before and after `heal`), `evaluation` (`text`, `sha256`, `windows`, `seq_len`),
-            `layer_forwards`, `seconds`, `seconds_by_part`, `run` (the name of its folder, which is looked for beside
-            the model).
+        facts: `model`, `before`, `after` (from `Measures.to_dict`), and if known `healed`, `models` (rows of measures
+            before and after `heal`), `evaluation` (`text`, `sha256`, `windows`, `seq_len`), `layer_forwards`,
+            `seconds`, `seconds_by_part`, `run` (the name of its folder, looked up beside the model).
     """
     write_whole(out / MEASURES_FILE, json.dumps(facts, indent=2) + "\n")
 
@@ -54,7 +53,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
-    """Read a model folder as a subject; `generations` are what it and the original generated.
+    """Read a model folder as a subject; `generations` are texts of the model and the original.
 
     Raises:
         UserError: its recipe or its measures are damaged.
@@ -62,12 +61,12 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
     recipe = schema.load(path / RECIPE_FILE)
     facts: dict[str, Any] = {}
     if (path / MEASURES_FILE).is_file():
-        remedy = "Delete it: the rest is shown without it."
-        facts = read_json(path / MEASURES_FILE, expected="what was measured", remedy=remedy)
+        remedy = "Delete it; the report then omits the measures."
+        facts = read_json(path / MEASURES_FILE, expected="the measures of a model", remedy=remedy)
     run = _run(path, facts, recipe)
     variant = recipe.variant(recipe.base)
     evaluation = facts.get("evaluation") or {}
-    method = str(recipe.provenance.get("method") or "a recipe by hand")
+    method = str(recipe.provenance.get("method") or "a handwritten recipe")
     return Subject(
         title=f"{model_name(variant.model)}, {recipe.depth} → {len(recipe.layers)} layers",
         subtitle=f"Made with {method}" + (f", evaluated on {evaluation['text']}" if evaluation.get("text") else ""),
@@ -89,7 +88,7 @@ def read(path: Path, *, generations: Sequence[Written] = ()) -> Subject:
 
 
 def _puzzle(path: Path, recipe: Recipe, run: PlanRun | None) -> Section:
-    """The picture of the model; with its run, of every depth from the original to it."""
+    """The picture of the model; with its run, the pictures of every depth from the original on."""
     depth, where = len(recipe.layers), str(path / "config.json")
     config = text_config(read_config(path, quantised=True), where=where)
     above = {} if run is None else {layers: each for layers, each in run.recipes.items() if layers > depth}
@@ -108,21 +107,21 @@ def _before_and_after(facts: Mapping[str, Any]) -> list[Section]:
         intro = f"Perplexity on {evaluation['text']}: {windows}, ± one standard error."
         intro += " The speeds of both models were measured in turns." if after.get("decode_per_s") else ""
     answers = facts.get("answers") or {}
-    if answers and not answers.get("examples"):  # else it is said beside these
+    if answers and not answers.get("examples"):  # otherwise the examples have it
         intro += f" Agreement: on {answers['tokens']:,} tokens of {answers['prompts']} answers ({answers['source']})."
     return [Section(title="Before and after", blocks=[Table(rows=rows_of(before, after), words=("",))], intro=intro)]
 
 
 def parted(example: Mapping[str, Any], *, new: str) -> Written:
-    """Two answers side by side, as `evaluation.agreement` gives them; `new` names the second model."""
+    """Two answers side by side, from `evaluation.agreement`; `new` is the name of the second model."""
     return Written(prompt=example["prompt"], answers=[("original", example["original"]), (new, example["new"])])
 
 
 def _answers(answers: Mapping[str, Any], layers: int) -> list[Section]:
-    """What both models answer to the first prompts on which agreement was measured."""
+    """The answers of both models to the first prompts of the agreement."""
     if not answers.get("examples"):
         return []
-    intro = f"{PARTING} Agreement and its standard error are of {answers['tokens']:,} tokens that the original wrote"
+    intro = f"{PARTING} Agreement and its standard error are from {answers['tokens']:,} tokens of the original"
     intro += f" after {answers['prompts']} prompts ({answers['source']})."
     blocks = [parted(example, new=f"{layers} layers") for example in answers["examples"]]
     return [Section(title="Answers of both", blocks=blocks, intro=intro)]
@@ -144,7 +143,7 @@ def _healing(heal: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> li
     text = heal.get("text") or {}
     intro = f"On {text.get('tokens', 0):,} tokens of {text_name(text.get('description', 'text'))}." if text else ""
     if heal.get("from_scratch"):
-        intro += f" It started from the recipe {heal['start']}, which gave a better model than the method's own."
+        intro += f" It started from {heal['start']}, which gave a better model than the method's own recipe."
     return [Section(title="Healing", blocks=blocks, intro=intro.strip())]
 
 
@@ -190,12 +189,12 @@ def _notes(facts: Mapping[str, Any]) -> list[str]:
     warning = [f"{facts['warning'][0].upper()}{facts['warning'][1:]}."] if facts.get("warning") else []
     healed = facts.get("healed") or {}
     if healed and not healed.get("taken", True):
-        return [*warning, "The closed form did not lower the loss of held-out text, so the model is as it was pruned."]
+        return [*warning, "The closed form did not lower the loss of held-out text, so the model is the pruned one."]
     return warning
 
 
 def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun | None) -> Section:
-    """The command that makes the same again, hashes and settings."""
+    """The command to reproduce the model, hashes and settings."""
     provenance, commands = recipe.provenance, []
     if run is not None and facts:
         words = ["-o", path.name, "--layers", str(len(recipe.layers))]
@@ -216,7 +215,7 @@ def _origin(path: Path, recipe: Recipe, facts: Mapping[str, Any], run: PlanRun |
 
 
 def _run(path: Path, facts: Mapping[str, Any], recipe: Recipe) -> PlanRun | None:
-    """The run that planned the model, where its folder is beside the model and holds the same recipe."""
+    """The run that planned the model, if its folder is beside the model and holds the same recipe."""
     name = facts.get("run")
     beside = None if not name else path.parent / Path(str(name)).name
     if beside is None or not is_plan_run(beside):

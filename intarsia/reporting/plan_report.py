@@ -1,4 +1,4 @@
-"""The run folder of a plan as a part of a report: the puzzle at every depth, the scores of the layers, the ladder."""
+"""The report's part about a plan: the puzzle at every depth, the scores of the layers, the ladder."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _SCORES = {
     "losses": "calibration loss without the layer",
 }
 _LONG_TABLE = 12
-_BROKEN = 100.0  # times the least perplexity of a chart
+_BROKEN = 100.0  # times the least perplexity of a chart; larger values are cut off
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRun:
-    """What the run folder of a plan holds."""
+    """The content of a plan's run folder."""
 
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
-    # What was recorded of the calibration text.
+    # The recorded facts of the calibration text.
     calibration: Mapping[str, Any]
-    # By depth, the deepest first, without fitted tensors.
+    # Recipes by depth, deepest first, without fitted tensors.
     recipes: Mapping[int, Recipe]
-    # How far it is, where it is not finished.
+    # The progress of an unfinished plan; None if it is finished.
     unfinished: str | None = None
 
     @property
     def evidence(self) -> Mapping[str, Any]:
-        """Scores of the whole model, which the first step was decided on."""
+        """Scores of the whole model, from the first step."""
         return self.log[0]["evidence"] if self.log else {}
 
     @property
@@ -56,7 +56,7 @@ class PlanRun:
 
 
 def is_plan_run(path: Path) -> bool:
-    """Whether a folder is the run of a plan (that of healing has other settings)."""
+    """Whether a folder is the run folder of a plan (that of `heal` has other settings)."""
     try:
         settings = Ladder(path).settings()
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def is_plan_run(path: Path) -> bool:
 
 
 def load_run(path: Path) -> PlanRun:
-    """Read everything that the folder of a plan holds so far.
+    """Read the run folder of a plan, finished or not.
 
     Raises:
         UserError: a file of it is damaged.
@@ -94,7 +94,7 @@ def read(path: Path) -> Subject:
     if not run.log:
         notes.append("This run is not finished: no step is done yet, so there is nothing to draw.")
     elif run.unfinished is not None:
-        notes.append(f"This run is not finished: {run.unfinished}. What there is so far is shown.")
+        notes.append(f"This run is not finished: {run.unfinished}. The report shows the steps so far.")
     return Subject(
         title=f"{model}, {method}",
         subtitle=f"A plan, calibrated on {run.text if 'tokens' in run.text else f'{tokens:,} tokens of {run.text}'}",
@@ -118,32 +118,32 @@ def score_section(run: PlanRun) -> Section:
     evidence, fate = run.evidence, _fate(run)
     figures: list[Block] = []
     if evidence.get("influence"):
-        caption = "How far each layer turns the residual stream."
+        caption = "The angle by which each layer turns the residual stream."
         figures.append(_by_layer(evidence["influence"], "block influence", caption, fate))
     if evidence.get("span_scores"):
         label = "loss when skipped" if evidence.get("span_choice") == "sleb" else "span influence"
         values = {int(start): value for start, value in evidence["span_scores"].items()}
-        caption = "Of each layer and the next together: those with the least are joined first."
+        caption = "For each layer and the next together; the spans of least influence are merged first."
         figures.append(_by_layer([values.get(layer) for layer in range(max(values) + 1)], label, caption, {}))
     for key, label in _SCORES.items():
         if evidence.get(key) and run.settings["method"] != "reverse":
-            figures.append(_by_layer(evidence[key], label, "The score that the method decides by.", fate))
+            figures.append(_by_layer(evidence[key], label, "The score that decides which layers are dropped.", fate))
     if evidence.get("distances"):
         svg = heat(evidence["distances"], title="distance over n layers", across="first layer of the block", down="n")
-        caption = "Angle between input and output of every block of n layers; the paler, the smaller."
+        caption = "Angle between input and output of every block of n layers; paler means smaller."
         figures.append(Figure(svg=svg, caption=caption))
     mlp = "experts" if of_experts(run.provenance) else "MLP channels"
     for key, name, order in (("kv_groups", "KV groups", "in order"), ("channels", mlp, "from least to most sensitive")):
         if rows := (evidence.get("sensitivity") or {}).get(key):
             svg = heat(rows, title=f"sensitivity of {name}", across=f"{name}, {order}")
-            caption = f"Sensitivity of {name}; the stronger the colour, the more sensitive."
+            caption = f"Sensitivity of {name}; stronger colour means more sensitive."
             figures.append(Figure(svg=svg, caption=caption))
-    intro = "Of the whole model, before the first step."
+    intro = "Measured on the whole model, before the first step."
     return Section(title="Scores of the original layers", blocks=figures, intro=intro)
 
 
 def _by_layer(values: Sequence[float | None], label: str, caption: str, fate: Mapping[int, str]) -> Figure:
-    """Values by layer: a line, and points that show what became of the layer."""
+    """Values by layer: a line, with points that show the fate of each layer."""
     known = [(layer, value) for layer, value in enumerate(values) if value is not None]
     log = all(value > 0 for _, value in known) and max(v for _, v in known) > 8 * min(v for _, v in known)
     line = Series(name="", points=[Point(x=x, y=y) for x, y in known], hue=7, dots=False, listed=False)
@@ -164,7 +164,7 @@ def _by_layer(values: Sequence[float | None], label: str, caption: str, fate: Ma
 
 
 def _fate(run: PlanRun) -> dict[int, str]:
-    """What became of every original layer at the last depth."""
+    """The fate of every original layer at the last depth."""
     if not run.recipes:
         return {}
     recipe = run.recipes[min(run.recipes)]
@@ -176,7 +176,7 @@ def _fate(run: PlanRun) -> dict[int, str]:
 
 
 def ladders(run: PlanRun) -> list[Measured]:
-    """The calibration perplexity by depth, where the method measures it."""
+    """The calibration perplexity by depth, if the method measures it."""
     points = [(int(step["layers"]), math.exp(step["loss"])) for step in run.log if step.get("loss") is not None]
     key, method = str(run.calibration.get("sha256")), str(run.settings["method"])
     found = Measured(name=method, measure="calibration perplexity", text=run.text, text_key=key, points=points)
@@ -195,7 +195,7 @@ def ladder_figure(found: Sequence[Measured]) -> Figure:
     ]
     x = layers_axis(x for ladder in found for x, _ in ladder.points)
     measure, values = found[0].measure, [y for ladder in found for _, y in ladder.points]
-    # A model that is broken would press the others together.
+    # A broken model would compress the scale of the others.
     most = _BROKEN * min(values, default=1.0)
     note = "arrow: outside the chart" if any(value > most for value in values) else ""
     svg = chart(series, x=x, y=Axis(label=measure, log=True, most=most), title=f"{measure} by depth", note=note)
@@ -221,7 +221,7 @@ def steps_section(run: PlanRun) -> Section:
     if rows:
         folded = len(rows) > _LONG_TABLE
         blocks.append(Table(rows=rows, words=("step", "recipe"), caption=f"All {len(rows)} steps", folded=folded))
-    return Section(title="The ladder", blocks=blocks, intro="Every depth can be built from this run at any later time.")
+    return Section(title="The ladder", blocks=blocks, intro="Every depth can still be built from this run.")
 
 
 def _tiles(run: PlanRun) -> list[Tile]:
@@ -240,8 +240,8 @@ def _tiles(run: PlanRun) -> list[Tile]:
 
 
 def _origin(run: PlanRun, folder: str) -> Section:
-    """Settings, hashes, and the command that makes the same again."""
-    # The model's whole config is in the run folder.
+    """Settings, hashes, and the command to reproduce the run."""
+    # The run folder has the model's whole config.
     facts = pairs_of({name: value for name, value in run.settings.items() if name not in ("planner", "config")})
     facts += pairs_of(run.settings.get("planner") or {}, before="planner: ")
     last = run.log[-1] if run.log else {}

@@ -1,8 +1,8 @@
-"""The puzzle picture: which pieces of which original layers an output model is made of.
+"""The puzzle picture: the pieces of original layers in an output model.
 
-Original layers stand in one row and output layers in another. A ribbon leads from a layer to where its pieces are, and
-is as wide as their share. On a page the rows are columns, and the page's script shows what the layer that is pointed at
-is made of and what a run has measured of it; in a file beside a model card they are one above the other.
+Original layers are in one row, and output layers in another. A ribbon leads from a layer to its pieces, and is as wide
+as their share. On a page the rows are columns, and the page's script shows the composition and measures of the layer
+under the pointer; in a file beside a model card the rows are above each other.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from intarsia.reporting.figures import WOODS, standalone
 
 _BLOCK, _LABEL, _EDGE, _FILLED = 30.0, 34.0, 24.0, 0.74
 _TALL, _LEAST_STEP, _MOST_STEP = 640.0, 13.0, 26.0
-_MOST_RANGES = 120  # characters of channel ranges that somebody still reads
+_MOST_RANGES = 120  # longest text of channel ranges, in characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """How many pieces a layer has."""
+    """Number of pieces in a layer."""
 
     n_kv_heads: int
-    # Channels of the MLP, or experts where it is a mixture.
+    # Channels of the MLP, or experts of a mixture.
     n_mlp_pieces: int
     experts: bool = False
-    # Query heads of a KV group, where it is known.
+    # Query heads of a KV group, if known.
     heads_per_group: int | None = None
 
     @property
     def mlp(self) -> str:
-        """What the pieces of the MLP are called."""
+        """The name of the pieces of the MLP."""
         return mlp_pieces(self.experts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """Pieces of an original layer in an output layer, with the parts of both edges that they take up (0 to 1)."""
+    """Pieces of an original layer in an output layer, with their extent on both edges (0 to 1)."""
 
     source: LayerRef
     output: int
@@ -55,7 +55,7 @@ class Ribbon:
 
 
 def pieces_of_architecture(architecture: Architecture) -> Pieces:
-    """Return how many pieces the layers of a model have."""
+    """Return the number of pieces in a layer of a model."""
     return Pieces(
         n_kv_heads=architecture.n_kv_heads,
         n_mlp_pieces=architecture.n_pieces("mlp"),
@@ -65,7 +65,7 @@ def pieces_of_architecture(architecture: Architecture) -> Pieces:
 
 
 def pieces_of(*recipes: Recipe) -> Pieces:
-    """Return how many pieces layers have as far as recipes say: a joined layer has as many as an original one."""
+    """Return the number of pieces in a layer, from the joined layers of recipes."""
     experts = any(of_experts(recipe.provenance) for recipe in recipes)
     for op in (op for recipe in recipes for op in recipe.layers if isinstance(op, Concat)):
         kv_groups, channels = (sum(len(getattr(cut, part)) for cut in op.cuts) for part in ("kv_groups", "channels"))
@@ -88,17 +88,17 @@ def ribbons(recipe: Recipe, pieces: Pieces) -> list[Ribbon]:
 
 
 def wood(ref: LayerRef, variants: Sequence[str]) -> int:
-    """Return the number of a layer's colour: by variant where there are several, else neighbours differ."""
+    """Return the index of a layer's colour: by variant if there are several, else different for neighbours."""
     return (variants.index(ref.variant) if len(variants) > 1 else ref.layer) % WOODS
 
 
 def puzzle_svg(recipe: Recipe, pieces: Pieces) -> Markup:
-    """Draw the picture for a page: original layers at the left, each of them a button of the page's script."""
+    """Draw the picture for a page: original layers on the left, each a button of the page's script."""
     return _Drawing(recipe, pieces, upright=True).svg()
 
 
 def puzzle_file(recipe: Recipe, pieces: Pieces) -> str:
-    """Draw the picture as the text of an SVG file: original layers at the top."""
+    """Draw the picture as an SVG file: original layers at the top."""
     return standalone(_Drawing(recipe, pieces, upright=False).svg())
 
 
@@ -111,7 +111,7 @@ class _Drawing:
         self.ribbons = ribbons(recipe, pieces)
         self.step = min(_MOST_STEP, max(_LEAST_STEP, _TALL / recipe.depth))
         self.length = max(recipe.depth, len(recipe.layers)) * self.step
-        # Output layers spread over the length of the original ones.
+        # Output layers are spread over the length of the original ones.
         self.output_step = self.length / len(recipe.layers)
         self.block = self.step * _FILLED
         self.start = _EDGE if upright else 96.0
@@ -186,7 +186,7 @@ class _Drawing:
         return self._layer("out", layer, title, boxes)
 
     def _layer(self, side: str, layer: int, title: str, boxes: str) -> str:
-        """A layer with its number: a button with an area large enough for a finger where it is on a page."""
+        """A layer with its number; on a page, a button large enough for a finger."""
         output = side == "out"
         along, across = self._along(layer, output=output), self.far if output else self.near
         number = across + _BLOCK + 5 if output else across - 5
@@ -238,11 +238,11 @@ def _shares(op: Op, pieces: Pieces) -> list[tuple[LayerRef, float, str]]:
 
 
 def made_of(op: Op, mlp: str, *, named: bool) -> str:
-    """What a layer is made of, in one line.
+    """The composition of a layer, in one line.
 
     Args:
-        mlp: what the pieces of an MLP are called.
-        named: whether sources have the names of their variants.
+        mlp: the name of the pieces of an MLP.
+        named: whether to give the variants of sources.
     """
 
     def name(ref: LayerRef) -> str:
@@ -266,7 +266,7 @@ def made_of(op: Op, mlp: str, *, named: bool) -> str:
 
 
 def sources_in_words(recipe: Recipe) -> str:
-    """Say how many layers are original ones, and how many are merged or joined."""
+    """The numbers of original, merged and joined layers, in words."""
     counts = {variant.name: 0 for variant in recipe.variants}
     merged = joined = 0
     for op in recipe.layers:
@@ -281,7 +281,7 @@ def sources_in_words(recipe: Recipe) -> str:
     return f"{len(recipe.layers)} layers: {', '.join(parts)}. " + (
         f"{dropped} of the {recipe.depth} original layers {'is' if dropped == 1 else 'are'} dropped."
         if dropped
-        else f"Each of the {recipe.depth} original layers has a part in it."
+        else f"Each of the {recipe.depth} original layers is part of it."
     )
 
 
@@ -293,11 +293,11 @@ def puzzle_section(
     fits: Sequence[Mapping[str, Any]] = (),
     summary: str = "",
 ) -> Section:
-    """The picture at every depth, the deepest first, and below it the shallowest recipe as a table.
+    """The picture at every depth, deepest first, and the shallowest recipe as a table.
 
     Args:
-        log: the steps of a plan, the deepest first.
-        fits: rows of the closed form, of the shallowest recipe.
+        log: the steps of a plan, deepest first.
+        fits: rows of the closed form for the shallowest recipe.
     """
     least = min(recipes)
     recipe = recipes[least]
@@ -331,8 +331,8 @@ def puzzle_section(
     )
     return Section(
         title="The puzzle",
-        intro="A ribbon is as wide as the share of a layer's pieces that it carries. Pale ribbons are layers kept "
-        "whole, empty frames are dropped layers. Point at a layer to see what it is made of.",
+        intro="The width of a ribbon is its share of a layer's pieces. Pale ribbons are layers kept whole, empty "
+        "frames are dropped layers. Point at a layer to see its composition.",
         blocks=[board, Table(rows=rows, words=("stands for", "made of"), caption=f"All {least} layers", folded=True)],
     )
 
@@ -340,7 +340,7 @@ def puzzle_section(
 def _outputs(
     recipe: Recipe, log: Sequence[Mapping[str, Any]], fits: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What the page's script shows of every output layer."""
+    """The data of every output layer for the page's script."""
     variants = [variant.name for variant in recipe.variants]
     found: list[dict[str, Any]] = [
         {"span": list(span), "parts": [_part(op, number, variants) for number in range(len(op.sources))]}
@@ -357,7 +357,7 @@ def _outputs(
 
 
 def _how_joined(op: Op, log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The last step that joined the sources of a layer, and what was measured then; nothing of a layer kept whole."""
+    """The last step that joined the sources of a layer, and its measurements; nothing for a layer kept whole."""
     sources = {str(source) for source in op.sources}
     made = [step for step in log if len(sources) > 1 and set(step.get("op") or ()) == sources]
     if not made:
@@ -371,8 +371,8 @@ def _how_joined(op: Op, log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
         "ratio by loss": max(chosen, key=lambda entry: entry["sequences"])["ratios"] if chosen else None,
     }
     numbers = {
-        "score of the span then": (evidence.get("span_scores") or {}).get(str(start)),
-        "calibration loss then": loss,
+        "score of the span": (evidence.get("span_scores") or {}).get(str(start)),
+        "calibration loss": loss,
     }
     return [
         ("joined", f"in the step to {step['layers']} layers"),

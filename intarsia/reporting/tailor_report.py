@@ -1,6 +1,6 @@
-"""The run folder of a search over a family as a part of a report: front, final scores, puzzle, trials.
+"""The report's part about a search over a family: front, final scores, puzzle, trials.
 
-Costs are on the examples that the search has seen; final scores are on others.
+Costs are on the examples of the search; final scores are on unseen ones.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def _notes(run: TailorRun) -> list[str]:
         notes.append("No trial has succeeded yet, so there is nothing to draw.")
     elif not run.front.top:
         examples = f"{run.front.budget} examples"
-        notes.append(f"No trial at the greatest budget has succeeded yet: the front is of trials on {examples}.")
+        notes.append(f"No trial at the greatest budget has succeeded yet; the front shows trials on {examples}.")
     if failed := [str(trial.reason) for trial in run.trials if trial.status == "failed"]:
         reasons = few(list(dict.fromkeys(failed)), 3, between="; ")
-        notes.append(f"Failed trials, which have no cost: {len(failed)} ({reasons}).")
+        notes.append(f"Failed trials, without a cost: {len(failed)} ({reasons}).")
     return notes
 
 
@@ -84,7 +84,7 @@ def _front(run: TailorRun) -> Section:
     if front is None:
         return Section(title=title, blocks=[])
     pairs = list(combinations(range(len(run.objectives)), 2))[:_MOST_PAIRS]
-    # With one objective all trials of the front are equally good.
+    # With one objective, all trials of the front are equally good.
     rows = [
         {
             "trial": str(row["trial"]),
@@ -97,8 +97,8 @@ def _front(run: TailorRun) -> Section:
     ]
     table = Table(rows=rows, words=("best in", "engine", "origin"), caption="The trials of the front")
     intro = (
-        f"Costs on {front.budget} examples of each objective; lower is better. No other trial is better than one of "
-        "the front in every objective. The knee is the best for equal weights, and is what the search builds."
+        f"Costs on {front.budget} examples of each objective; lower is better. No trial is better than one of the "
+        "front in every objective. The knee is the best under equal weights; the search builds it."
     )
     return Section(title=title, blocks=[*(_pair(run, front, *pair) for pair in pairs), table], intro=intro)
 
@@ -113,7 +113,7 @@ def _pair(run: TailorRun, front: Front, first: int, second: int) -> Figure:
         return Point(x=costs[first], y=costs[second], title=f"trial {trial.number}: {values}")
 
     others = [t for t in run.trials if t.costs is not None and t.budget == front.budget and t not in front.points]
-    # Far trials would press the front into a corner.
+    # Distant trials would squeeze the front into a corner.
     far = 2.0 * max(max(_costs(trial)[at] for trial in front.points) for at in (first, second))
     near = [trial for trial in others if all(_costs(trial)[at] <= far for at in (first, second))]
     kept = [trial for trial in front.points if trial is not front.knee]
@@ -131,7 +131,7 @@ def _pair(run: TailorRun, front: Front, first: int, second: int) -> Figure:
 
 
 def _final(run: TailorRun) -> Section:
-    """The final scores on examples that the search has not seen."""
+    """The final scores on unseen examples."""
     final, title = run.final, "Final scores"
     if final is None:
         return Section(title=title, blocks=[])
@@ -146,8 +146,8 @@ def _final(run: TailorRun) -> Section:
         rows.append(cells)
     counts = ", ".join(f"{count} of {name}" for name, count in final["examples"].items())
     without = final.get("without") or []
-    more = f" No examples of {', '.join(without)} are left for this." if without else ""
-    intro = f"On examples that the search has not seen ({counts}); ± one standard error.{more}"
+    more = f" There are no unseen examples of {', '.join(without)}." if without else ""
+    intro = f"On examples unseen by the search ({counts}); ± one standard error.{more}"
     return Section(title=title, blocks=[Table(rows=rows, words=("model",))], intro=intro)
 
 
@@ -157,7 +157,7 @@ def _measure(value: Mapping[str, Any], *, percent: bool = False) -> str:
 
 
 def _puzzle(run: TailorRun) -> list[Section]:
-    """The knee's picture to point at, and those of the best trial of each objective."""
+    """The interactive picture of the knee, and those of the best trial in each objective."""
     recipe = None if run.front is None else _of_all(run, run.front.knee)
     if run.front is None or recipe is None:
         return []
@@ -177,7 +177,7 @@ def _puzzle(run: TailorRun) -> list[Section]:
 
 
 def _of_all(run: TailorRun, trial: Trial) -> Recipe | None:
-    """A trial's recipe with every member of the family, so that a member has the same colour in all pictures."""
+    """A trial's recipe with all members of the family, so that a member has the same colour in all pictures."""
     recipe, members = run.recipe(trial), run.settings["members"].items()
     variants = tuple(Variant(name=name, model=str(member["model"])) for name, member in members)
     return None if recipe is None else replace(recipe, variants=variants)
@@ -195,8 +195,8 @@ def _search(run: TailorRun) -> Section:
             "examples": str(budget),
             "trials": str(len(found)),
             "failed": str(sum(trial.status == "failed" for trial in found)),
-            "layer-forwards a trial": short(sum(t.layer_forwards for t in found) / len(found)),
-            "time a trial": text_of("seconds", sum(trial.seconds for trial in found) / len(found)),
+            "layer-forwards per trial": short(sum(t.layer_forwards for t in found) / len(found)),
+            "time per trial": text_of("seconds", sum(trial.seconds for trial in found) / len(found)),
         }
         for (engine, budget), found in sorted(groups.items())
     ]
@@ -246,6 +246,6 @@ def _origin(run: TailorRun) -> Section:
 
 
 def _costs(trial: Trial) -> tuple[float, ...]:
-    """The costs of a trial that succeeded."""
+    """The costs of a successful trial."""
     assert trial.costs is not None
     return trial.costs

@@ -1,4 +1,4 @@
-"""Values, settings and commands as a person reads them: on the screen, in a report and in a model card."""
+"""Values, settings and commands in words: for the screen, reports and model cards."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ MEASURES = {
     "prefill_per_s": "tokens/s, prompt",
     "decode_per_s": "tokens/s, writing",
 }
-"""What is measured before and after, by its key."""
+"""Headings of measures, by key."""
 
-PARTING = "By greedy decoding. What the original says too is grey; marked is the first token that differs."
-"""How two answers side by side are shown."""
+PARTING = "By greedy decoding. Text shared with the original is grey; the first token that differs is marked."
+"""The explanation of two answers side by side."""
 
 
 def text_of(key: str, value: Any, *, brief: bool = False) -> str:
-    """A value as text; its key says what it is: `...bytes`, `...seconds`.
+    """A value as text; its key gives the unit: `...bytes`, `...seconds`.
 
     Args:
-        brief: numbers in few characters and without their errors, as for a tile.
+        brief: numbers in few characters and without errors, for a tile.
     """
     if value is None:
         return ""
@@ -87,7 +87,7 @@ def short(value: float) -> str:
 
 
 def change(old: Any, new: Any) -> str:
-    """How far a number moved, in per cent of where it was; empty where that is not known."""
+    """The change of a number in per cent; empty if it is unknown."""
     first, second = (each["value"] if is_measure(each) else each for each in (old, new))
     if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in (first, second)) or not first:
         return ""
@@ -95,12 +95,12 @@ def change(old: Any, new: Any) -> str:
 
 
 def is_measure(value: Any) -> bool:
-    """Whether a value is a number with its uncertainty, which is one value to a reader."""
+    """Whether a value is a number with its uncertainty, which is shown as one value."""
     return isinstance(value, Mapping) and isinstance(value.get("value"), int | float)
 
 
 def pairs_of(facts: Mapping[str, Any], *, before: str = "") -> list[tuple[str, str]]:
-    """Names and values as text, without what is None; `before` is put before the names."""
+    """Names and values as text, without None; `before` is a prefix of the names."""
     named = ((name, value) for name, value in facts.items() if value is not None)
     return [(before + name.replace("_", " "), text_of("", value) or "none") for name, value in named]
 
@@ -111,7 +111,7 @@ def texts_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def rows_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The table of what was measured before and after."""
+    """The table of measures before and after."""
     return [
         {
             "": MEASURES.get(key) or title_of(key),
@@ -125,23 +125,23 @@ def rows_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
 
 
 def text_name(source: str) -> str:
-    """What a calibration text is called: `self` is what the model wrote."""
-    return source.replace("self", "text that the model wrote itself") if source.split()[:1] == ["self"] else source
+    """The name of a calibration text; `self` is self-written text."""
+    return source.replace("self", "self-written text") if source.split()[:1] == ["self"] else source
 
 
 def model_name(model: str) -> str:
-    """What a model is called, without the folders of somebody's machine."""
+    """A model's name, without local folders."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
 def command(verb: str, *words: str, given: Iterable[object] = ()) -> str:
-    """A command line: `words`, and every option of the given value objects that is not its default."""
+    """A command line: `words`, and every non-default option of the given value objects."""
     options = [word for values in given for word in _options(type(values), vars(values))]
     return shlex.join(["intarsia", verb, *words, *options])
 
 
 def run_command(verb: str, settings: Mapping[str, Any], *words: str) -> str:
-    """The command that gives a run its settings; options of a plugin that is not loaded are unknown."""
+    """The command with the settings of a run, without options of plugins that are not loaded."""
     method, revision = str(settings["method"]), settings.get("revision")
     kind = planners.get(method).settings if method in planners else None
     text = {"sources": (settings.get("calibration", "self"),), **settings}

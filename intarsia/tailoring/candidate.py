@@ -1,8 +1,8 @@
 """One point of the search space, as plain data that can be compared, hashed and counted.
 
-All numbers stand on grids, so that two candidates are the same or are not. The `Menu` of a family says what a layer may
-be blended from: which blends there are, how many, and which are one step apart. Source of the choices: GPTailor, arXiv
-2506.20480 (remove, select, merge), and arXiv 2510.15304 (concatenate).
+All numbers are on grids, so that candidates can be equal. The `Menu` of a family lists the blends of a layer: which
+there are, how many, and which are one step apart. Source of the choices: GPTailor, arXiv 2506.20480 (remove, select,
+merge), and arXiv 2510.15304 (concatenate).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _Values: TypeAlias = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The tensors of one layer index: of one member of the family, or of several, merged."""
+    """The tensors at one layer index: those of one member of the family, or of several, merged."""
 
-    # In the family's order; without the base where the method works on differences to it.
+    # In the family's order; without the base for methods that work on differences to it.
     members: tuple[str, ...]
-    # None where there is one member and nothing is merged.
+    # None for a single member.
     method: MergeMethod | None = None
     # The method's settings, by name: `lead` (the share of the first member; the others have equal shares of the rest),
     # `lambda` (how much of the difference is added), `density` (how much of a difference is kept), and its own.
@@ -41,7 +41,7 @@ class Blend:
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """A layer kept at its index. `mlp` is None where the MLP is as the attention; `scale` multiplies its output."""
+    """A layer kept at its index. `mlp` is None if the MLP has the attention's blend; `scale` multiplies its output."""
 
     attention: Blend
     mlp: Blend | None = None
@@ -52,18 +52,19 @@ class Keep:
 class Join:
     """A layer of member `first` joined with a removed layer after it, of member `second`.
 
-    Concatenated with the next one; or its attention with the MLP of the last one removed after it (a half-layer drop).
+    Either a concatenation with the next layer, or its attention with the MLP of the last removed layer (a half-layer
+    drop).
     """
 
     first: str
     second: str
-    # How much of the pieces is the first's; None for a half-layer drop.
+    # The first layer's share of the pieces; None for a half-layer drop.
     share: float | None = None
 
 
 Choice: TypeAlias = Keep | Join
 Slot: TypeAlias = tuple[int, int]
-"""A position, and how often it occurs before: in a stack some positions occur twice."""
+"""A position, and how often it occurred before: in a stack some positions occur twice."""
 
 
 def slots(positions: Sequence[int]) -> list[Slot]:
@@ -73,10 +74,10 @@ def slots(positions: Sequence[int]) -> list[Slot]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What each output layer is. `positions[i]` is the layer of the base at which `choices[i]` stands.
+    """The choice for each output layer. `positions[i]` is the base's layer for `choices[i]`.
 
-    Positions ascend. A layer that is not among them is removed; in a stack some occur twice. Where the space has
-    groups of layers, a position is the first layer of a group.
+    Positions ascend. A layer that is not among them is removed; in a stack some occur twice. In a space with groups, a
+    position is the first layer of a group.
     """
 
     positions: tuple[int, ...]
@@ -103,7 +104,7 @@ _CANDIDATES = TypeAdapter(Candidate)
 
 
 def to_plain(candidate: Candidate) -> dict[str, Any]:
-    """A candidate in values that JSON knows, without what is as usual; `from_plain` gives the candidate back."""
+    """A candidate as JSON values, without defaults; `from_plain` is the inverse."""
     found: dict[str, Any] = _CANDIDATES.dump_python(candidate, mode="json", exclude_defaults=True)
     return found
 
@@ -124,15 +125,15 @@ _USUAL = {"lead": 0.5, "lambda": 1.0, "density": 0.5}
 class Menu:
     """The blends of a family.
 
-    A blend that is a whole layer in disguise is left out: nothing is added (`lambda` 0), or the whole difference of one
+    Blends that equal a whole layer are excluded: those that add nothing (`lambda` 0), or the whole difference of one
     member (task arithmetic with `lambda` 1).
     """
 
     # The base is the first.
     members: tuple[str, ...]
-    # Without it only the base is taken whole.
+    # Whether variants may be taken whole; the base always may.
     select: bool
-    # Of those that are given, the ones for which the family has enough members.
+    # The given methods for which the family has enough members.
     methods: tuple[MergeMethod, ...]
     # The values of each setting of each method, ascending.
     grids: Mapping[MergeMethod, Mapping[str, tuple[float, ...]]]
@@ -148,14 +149,14 @@ class Menu:
         return self.members if self.select else self.members[:1]
 
     def sizes(self, method: MergeMethod) -> tuple[tuple[str, ...], int, int]:
-        """From which members a method takes, how many at least, and how many at most."""
+        """The members that a method may merge, and the least and greatest number of them."""
         kind = METHODS[method]
         pool = self.members[1:] if kind.base else self.members
         least = max(kind.least, 1 if kind.base else 2)
         return pool, least, min(kind.most or len(pool), len(pool))
 
     def count(self) -> int:
-        """How many blends there are."""
+        """The number of blends."""
         total = len(self.singles)
         for method in self.methods:
             pool, least, most = self.sizes(method)
@@ -165,7 +166,7 @@ class Menu:
         return total
 
     def has(self, blend: Blend) -> bool:
-        """Whether a blend is one of these."""
+        """Whether the menu has a blend."""
         if blend.method is None:
             return len(blend.members) == 1 and blend.members[0] in self.singles and not blend.values
         if blend.method not in self.methods or blend.members not in self._subsets(blend.method):
@@ -176,7 +177,7 @@ class Menu:
         )
 
     def random(self, rng: Random) -> Blend:
-        """A whole layer or a merge with equal chance; then member or method, members and values, each evenly."""
+        """Draw a whole layer or a merge with equal chance; then member or method, members and values uniformly."""
         if not self.methods or rng.random() < 0.5:
             return Blend(members=(rng.choice(self.singles),))
         method = rng.choice(self.methods)
@@ -185,10 +186,10 @@ class Menu:
         return Blend(members=members, method=method, values=values)
 
     def nearest(self, members: Sequence[str], method: MergeMethod, values: Mapping[str, float]) -> Blend:
-        """The blend closest to what is asked for; values that are not given are the usual ones.
+        """The blend closest to a wanted one; values that are not given are the defaults.
 
-        Members that the method does not take are left out. Where too few are left, or the whole difference of one
-        member is asked for, it is a whole layer.
+        Members that the method does not take are ignored. If too few are left, or the whole difference of one member
+        is wanted, it is a whole layer.
         """
         pool, least, most = self.sizes(method)
         wanted = tuple(member for member in pool if member in members)[:most]
@@ -246,13 +247,13 @@ _Value = TypeVar("_Value")
 
 
 def beside(grid: Sequence[_Value], value: _Value) -> list[_Value]:
-    """The values next to one on a grid."""
+    """The neighbours of a value on a grid."""
     at = grid.index(value)
     return [grid[index] for index in (at - 1, at + 1) if 0 <= index < len(grid)]
 
 
 def _adds_up(method: MergeMethod) -> bool:
-    """Whether it adds differences as they are, so that all of one is that member."""
+    """Whether it adds unchanged differences, so that the whole difference of one member gives that member."""
     kind = METHODS[method]
     return kind.base and not kind.parameters and tuple(kind.search) == ("lambda",)
 

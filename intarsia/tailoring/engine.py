@@ -1,12 +1,12 @@
-"""What a search engine is, and the staged budgets that engines share.
+"""The interface of search engines, and the staged budgets that engines share.
 
-An engine is a function of its seed and of the order of its questions and answers; it keeps no clock and reads no file.
-So a search that is resumed asks a new engine everything again, and answers from the log.
+An engine depends only on its seed and on the order of `ask` and `tell`; it reads no clock and no file. So a resumed
+search asks a new engine everything again, and answers from the log.
 
-Budgets as in Hyperband (Li et al., JMLR 18, 2018): the greatest, divided by eta again and again, down to the least.
+Budgets as in Hyperband (Li et al., JMLR 18, 2018): the greatest, repeatedly divided by eta, down to the least.
 Promotion is asynchronous (ASHA; Li et al., MLSys 2020), so that no worker waits for a stage to be complete: of every
-eta candidates that were scored at a budget one is promoted to the next. Several objectives: who is promoted is decided
-by ParEGO's function with weights drawn for each promotion, so that the promoted ones spread over the front.
+eta candidates scored at a budget, one is promoted to the next. With several objectives, ParEGO's function ranks them,
+with weights drawn for each promotion, so that the promoted candidates spread over the front.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A candidate to start with, and where it is from."""
+    """A candidate to start with, and its origin."""
 
     candidate: Plain
     origin: str
@@ -35,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What an engine is made for."""
+    """The task of an engine."""
 
     space: Space
     # Numbers of examples, ascending.
@@ -45,13 +45,13 @@ class Task:
     # One of this many candidates at a budget is promoted to the next.
     eta: int = 3
     seed: int = 0
-    # What to try first.
+    # First candidates.
     starts: tuple[Start, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """A candidate to score at a budget; `origin` says in a few words how it came to be."""
+    """A candidate to score at a budget; `origin` says in a few words where it comes from."""
 
     candidate: Candidate
     budget: int
@@ -59,19 +59,19 @@ class Ask:
 
 
 class Engine(Protocol):
-    """Decides what to try next.
+    """Proposes candidates.
 
-    A class registered with `intarsia.registry.engine`, made from a `Task` and its settings if it has any. If it has a
-    static method `check`, that is called before anything heavy, and may raise a UserError.
+    A class registered with `intarsia.registry.engine`, made from a `Task` and its settings, if it has any. A static
+    method `check`, if there is one, is called before any heavy work, and may raise a UserError.
     """
 
     def ask(self, n: int) -> Sequence[Ask]:
-        """What to try next, at most `n` of it; nothing where nothing is left that was not asked before."""
+        """At most `n` trials to run next; none if there is nothing new."""
 
     def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
-        """What a candidate costs at a budget, or None where it failed.
+        """Take the costs of a candidate at a budget; None if it failed.
 
-        Answers come in any order, and there may be some that this engine has not asked for, of an earlier search.
+        Results come in any order, also some of an earlier search that this engine did not ask for.
         """
 
 
@@ -79,7 +79,7 @@ _TRIES = 200
 
 
 def budget_ladder(least: int, most: int, eta: int) -> tuple[int, ...]:
-    """The budgets, ascending: `most` divided by eta while that is not less than `least`, rounded to whole examples."""
+    """The budgets, ascending: `most` divided by eta down to `least`, rounded to whole examples."""
     assert 1 <= least <= most and eta >= 2
     count = 0
     while most / eta ** (count + 1) >= least - 1e-9:
@@ -88,7 +88,7 @@ def budget_ladder(least: int, most: int, eta: int) -> tuple[int, ...]:
 
 
 def expected_trials(budgets: Sequence[int], trials: int, eta: int) -> dict[int, int]:
-    """About how many of some trials are made at each budget."""
+    """The approximate number of trials at each budget."""
     weights = [eta ** -float(step) for step in range(len(budgets))]
     counts = [int(trials * weight / sum(weights) + 1e-9) for weight in weights]
     counts[0] += trials - sum(counts)
@@ -97,7 +97,7 @@ def expected_trials(budgets: Sequence[int], trials: int, eta: int) -> dict[int, 
 
 @dataclass(kw_only=True)
 class Stage:
-    """What is known at one budget: candidates with their costs, in the order of `tell`."""
+    """The results at one budget: candidates with their costs, in the order of `tell`."""
 
     budget: int
     costs: dict[Candidate, tuple[float, ...]] = field(default_factory=dict)
@@ -105,12 +105,12 @@ class Stage:
 
     @property
     def waiting(self) -> list[Candidate]:
-        """Scored, and not promoted yet."""
+        """Candidates that are scored and not promoted yet."""
         return [candidate for candidate in self.costs if candidate not in self.promoted]
 
 
 class Staged:
-    """An engine of staged budgets; a subclass proposes new candidates."""
+    """An engine with staged budgets; a subclass proposes new candidates."""
 
     def __init__(self, name: str, task: Task) -> None:
         self.space = task.space
@@ -121,11 +121,11 @@ class Staged:
         self._asked: set[Candidate] = set()
 
     def propose(self, stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
-        """A new candidate and how it came to be, from what is known at each budget (ascending)."""
+        """A new candidate and its origin, given the results at each budget (ascending)."""
         raise NotImplementedError
 
     def ask(self, n: int) -> list[Ask]:
-        """Promotions that are due, else candidates to start with, else new ones."""
+        """Due promotions, else first candidates, else new ones."""
         return list(islice(iter(self._next, None), n))
 
     def _next(self) -> Ask | None:
@@ -143,28 +143,28 @@ class Staged:
             if candidate not in self._asked:
                 self._asked.add(candidate)
                 return Ask(candidate=candidate, budget=least, origin=origin)
-        return self._promotion(due=False)  # there is no new candidate left
+        return self._promotion(due=False)  # no new candidate is left
 
     def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
-        """Costs at other budgets than these are not comparable; a failed candidate is never promoted or bred from."""
+        """Record a result. Those at other budgets are ignored; a failed candidate is never promoted, nor a parent."""
         self._asked.add(candidate)
         for below, stage in zip([None, *self._stages], self._stages, strict=False):
             if stage.budget == budget:
                 if costs is not None:
                     stage.costs[candidate] = costs
                 if below is not None:
-                    # An earlier search may have taken it there.
+                    # An earlier search may have promoted it.
                     below.promoted.add(candidate)
 
     def _promotion(self, *, due: bool) -> Ask | None:
-        """From the greatest budget down, one of the first stage with candidates that are not promoted yet.
+        """Promote a candidate of the greatest stage that has some not promoted yet.
 
         Args:
-            due: only if fewer than one of eta candidates of the stage are.
+            due: only if fewer than one in eta candidates of the stage is promoted.
         """
         for stage, above in reversed(list(pairwise(self._stages))):
             waiting = stage.waiting
-            # Others may have been scored above alone: they have taken nobody's place.
+            # Candidates scored only at a greater budget do not count as promoted.
             promoted = len(stage.costs) - len(waiting)
             if waiting and (not due or promoted < len(stage.costs) // self._eta):
                 best = ranked(stage, waiting, draw_weights(len(stage.costs[waiting[0]]), self._rng))[0]
@@ -184,14 +184,14 @@ def chebyshev(costs: Costs, weights: Sequence[float]) -> float:
 
 
 def draw_weights(count: int, rng: Random) -> tuple[float, ...]:
-    """Weights that sum to 1, each point of the simplex as likely as any other."""
+    """Weights that sum to 1, uniform over the simplex."""
     drawn = [-math.log(1.0 - rng.random()) for _ in range(count)]
     total = sum(drawn)
     return tuple(value / total for value in drawn) if total > 0.0 else (1.0 / count,) * count
 
 
 def scaled(costs: Sequence[Costs], among: Sequence[Costs] = ()) -> list[tuple[float, ...]]:
-    """Each objective's costs from 0 (its least) to 1 (its greatest) among these or others; 0 where all are the same."""
+    """Each objective's costs scaled from 0 (least) to 1 (greatest) among these or others; 0 if all are equal."""
     ranges = [(min(column), max(column)) for column in zip(*(among or costs), strict=True)]
     return [
         tuple((cost - low) / (high - low) if high > low else 0.0 for cost, (low, high) in zip(row, ranges, strict=True))
@@ -200,13 +200,13 @@ def scaled(costs: Sequence[Costs], among: Sequence[Costs] = ()) -> list[tuple[fl
 
 
 def order(costs: Sequence[Costs], weights: Sequence[float], among: Sequence[Costs] = ()) -> list[int]:
-    """The indices of some costs, scaled among these or others, the best first under these weights."""
+    """The indices of some costs, best first under these weights; costs are scaled among these or others."""
     values = [chebyshev(row, weights) for row in scaled(costs, among)]
     return sorted(range(len(values)), key=values.__getitem__)
 
 
 def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[float]) -> list[Candidate]:
-    """Some candidates of a stage, the best first for these weights; costs are scaled over the whole stage."""
+    """Some candidates of a stage, best first under these weights; costs are scaled over the whole stage."""
     everyone = list(stage.costs)
     chosen = set(candidates)
     places = order([stage.costs[candidate] for candidate in everyone], weights)
@@ -215,18 +215,18 @@ def ranked(stage: Stage, candidates: Sequence[Candidate], weights: Sequence[floa
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What a search is, before it starts."""
+    """The size and cost of a search before it starts."""
 
     space: Space
     engine: str
     trials: int
     objectives: tuple[str, ...]
-    # For each budget about how many trials, and the examples of all objectives that they are scored on.
+    # For each budget the approximate number of trials, and the examples of all objectives.
     stages: tuple[dict[str, int], ...]
 
     @property
     def layer_passes(self) -> int:
-        """Examples times layers run on each, if nothing is shared between trials."""
+        """Examples times layers run on each, without sharing between trials."""
         return sum(stage["examples"] for stage in self.stages) * self.space.target
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class Predicted:
         }
 
     def words(self) -> str:
-        """In a line."""
+        """The log line."""
         space, budgets = self.space, ", ".join(f"{stage['trials']} at {stage['budget']}" for stage in self.stages)
         return (
             f"{space.depth} to {space.target} layers: about 10^{space.log10_size:.1f} candidates; "

@@ -1,18 +1,18 @@
-"""Scores candidates of a family, with everything that they share in memory.
+"""The evaluator of a search: scores candidates of a family, and keeps in memory what they share.
 
-No checkpoint is written and no model is loaded a second time. A trial runs what is new in it: layers after the
-prefix that it shares with an earlier one, on examples that it was not run on yet. Each number is a function of the
-recipe and the budget alone: on the CPU it is bit-identical whatever is cached. Layers are made from the same tensors as
-a built folder's, and likelihoods are computed by the code that evaluates it.
+No checkpoint is written and no model is loaded a second time. A trial runs only the layers after the prefix that it
+shares with an earlier one, on examples that it has not seen yet. Each number is a function of the recipe and the budget
+alone: on the CPU it is bit-identical whatever is cached. Layers use the same tensors as a built folder, and likelihoods
+the same code as its evaluation.
 
-How far a candidate's next tokens are from the base's is measured with little kept of the base: of each position its
-likeliest tokens, 8 bytes each, and the rest as one bucket. The divergence over these outcomes is a lower bound of the
-full one, and 0 where the full one is.
+The divergence from the base's next-token distribution needs little of the base: for each position its likeliest tokens,
+8 bytes each, and the rest as one bucket. The divergence over these outcomes is a lower bound of the full one, and 0
+where the full one is.
 
-A trial may be healed in closed form before it is scored, toward the same blend with no layer removed. A fit makes a
-candidate look better on what it was fitted to than elsewhere. So it takes examples from the end of the order, and of
-texts windows are drawn for it that no budget of the search reaches. Where an objective's examples are few, those of the
-largest budgets serve for both; items outside the splits are seen by neither.
+A trial may be healed in closed form before it is scored, toward the same blend with no layer removed. A fitted
+candidate scores too well on the examples of the fit. So fits use examples from the end of the order, and windows of
+texts that no budget of the search reaches. If an objective has few examples, those of the largest budgets serve for
+both; neither uses items outside the splits.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _SETTINGS = ClosedFormSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a candidate costs, objective by objective, in the evaluator's order of them."""
+    """The costs of a candidate, one for each objective, in the evaluator's order."""
 
     # To be minimised (accuracy is 1 - accuracy).
     costs: tuple[float, ...]
@@ -83,14 +83,14 @@ class Outcome:
     # The cost of the trial, in forward passes of one layer over all tokens of the budget.
     layer_forwards: float
     seconds: float
-    # `stderr` of each cost; `accuracy` of objectives that ask questions, with standard errors; `tokens` of the budget,
-    # the share of layer-forwards that was `reused`, and how many layers were made.
+    # `stderr` of each cost; `accuracy` of question objectives, with standard errors; `tokens` of the budget, the
+    # `reused` share of layer-forwards, and the number of layers made.
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 Values = npt.NDArray[np.float64]
 Unit = tuple[int, Segment]
-"""Examples that are run together: the number of their objective, and which of it."""
+"""Examples that run together: the number of their objective, and their range in it."""
 
 
 class Evaluator:
@@ -98,12 +98,12 @@ class Evaluator:
 
     Attributes:
         objectives: their names, in the order of the costs.
-        measured: the objectives, with their examples.
-        most: the largest budget; an objective with fewer examples is measured on all that it has.
-        model: the base in memory, which makes the layers of any recipe over the family.
-        runner: runs them.
-        uncut: the base as it is, as a recipe.
-        base: what it costs at the largest budget of the search; None where that was not measured.
+        measured: the objectives with their examples.
+        most: the largest budget; an objective with fewer examples uses all of them.
+        model: the base in memory; it makes the layers of any recipe over the family.
+        runner: runs the layers.
+        uncut: the recipe of the unpruned base.
+        base: its costs at the largest budget of the search; None if they were not measured.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class Evaluator:
 
         Args:
             family: opened with weights.
-            runtime: its memory is for caches (layers that were made, and states after shared first layers), beside the
-                family's own tensors; without it 1 GiB on the CPU, and three tenths of what is free elsewhere.
-            seq_len: tokens of a window of text; by default about as much work as a question with its choices.
-            examples: windows that are drawn of a text, where they are not those of a search; nothing is healed then.
+            runtime: its memory is for caches (made layers, and states after shared first layers), beside the family's
+                own tensors; the default is 1 GiB on the CPU, and three tenths of the free memory elsewhere.
+            seq_len: tokens in a window of text; by default about as much work as a question with its choices.
+            examples: windows to draw from a text for final scores, where nothing is healed.
             probe: measure the base at the largest budget, and refuse objectives on which models cannot differ.
-            fits: the folder where what is fitted for trials is kept, while it is there.
+            fits: the folder of fitted tensors of trials, if it exists.
         """
         runtime, search = runtime or Runtime(), file.search
         self._file, self._fits = file, fits
@@ -151,7 +151,7 @@ class Evaluator:
             )
         self._heal_on: Corpus | None = None
         if heals:
-            # Half of the windows at most are held out.
+            # At most half of the windows are held out.
             least, eos = 2 * _SETTINGS.held_out, tokenizer.eos_token_id
             self._heal_on = heal_corpus(self.measured, seq_len=seq_len, windows=heal_windows, least=least, eos=eos)
         share = int(free_bytes(device) * _SHARE_OF_FREE)
@@ -163,7 +163,7 @@ class Evaluator:
         self.runner = Runner(model, prefix_bytes=memory // 2, entry_bytes=memory // 6)
         self.uncut = identity(Variant(name=model.base, model=checkpoint.model), model.architecture.n_layers)
         self._pack = takes_packed_rows(model.model, longest_row(self.measured))
-        # Rows times columns of a batch; on a GPU its logits stay within 1 GiB.
+        # Rows times columns of a batch; on a GPU, limit its logits to 1 GiB.
         self._batch_tokens = runtime.batch_tokens or default_batch_tokens(device)
         if runtime.batch_tokens is None and device.type != "cpu":
             logits = model.architecture.vocabulary * model.model.dtype.itemsize
@@ -172,7 +172,7 @@ class Evaluator:
         self._cuts = budget_ladder(search.min_budget, search.max_budget, search.eta)
         self._batches: dict[Unit, tuple[Batch, ...]] = {}
         self._likeliest: dict[tuple[Unit, int], Likeliest] = {}
-        # Of every request its log-likelihood, or its divergence from the base, by the key of the recipe.
+        # The log-likelihood of every request, or its divergence from the base, by the key of the recipe.
         self._values: ByteCache[tuple[str, Unit], Values] = ByteCache(_VALUES_BYTES)
         self.base: Outcome | None = None
         if probe:
@@ -186,16 +186,16 @@ class Evaluator:
         return {objective.name: objective.sha256 for objective in self.measured}
 
     def evaluate(self, recipe: Recipe, budget: int, *, healed: bool | None = None) -> Outcome:
-        """What a recipe costs on the first `budget` examples of every objective.
+        """The costs of a recipe on the first `budget` examples of every objective.
 
         Args:
-            recipe: over the family, its variants called as the family's members are.
-            healed: fit its output projections first, in closed form; None: as the family file says, unless something
-                is fitted already.
+            recipe: over the family, its variants named like the family's members.
+            healed: fit its output projections first, in closed form; None: as the family file says, unless the recipe
+                has fitted tensors.
 
         Raises:
             TrialFailed: something is not finite, or memory does not suffice.
-            UserError: there is no such budget, or the recipe is none of this family.
+            UserError: there is no such budget, or the recipe is not of this family.
         """
         start, made = time.perf_counter(), self.model.made
         if not 1 <= budget <= self.most:
@@ -208,7 +208,7 @@ class Evaluator:
             healed = self._heal_on is not None and self._file.heals(budget) and not recipe.fitted
         fitting = 0.0
         if healed:
-            assert self._heal_on is not None, "opened for candidates that are healed"
+            assert self._heal_on is not None, "this evaluator heals candidates"
             fitting = float(fit_forwards(recipe, _SETTINGS, self.model.architecture) * self._heal_on.tokens)
             recipe = self.heal(recipe)
         with self._failing():
@@ -240,13 +240,13 @@ class Evaluator:
         return tuple(objective.scores(found) for objective, found in zip(self.measured, values, strict=True))
 
     def heal(self, recipe: Recipe) -> Recipe:
-        """The recipe with its output projections fitted toward what it would be with no layer removed."""
-        assert self._heal_on is not None, "opened for candidates that are healed"
+        """The recipe with output projections fitted toward the same blend with no layer removed."""
+        assert self._heal_on is not None, "this evaluator heals candidates"
         kept = None if self._fits is None else self._fits / f"{schema.content_hash(recipe)}.yaml"
         if kept is not None and kept.exists():
             try:
                 return replace(recipe, fitted=schema.load(kept).fitted)
-            except UserError:  # damaged: it is fitted again, and a damaged file is not overwritten
+            except UserError:  # damaged: fit again, without overwriting the file
                 for path in (kept, kept.with_suffix(".safetensors")):
                     path.unlink(missing_ok=True)
         with self._failing():
@@ -255,7 +255,7 @@ class Evaluator:
             with TeacherStates(loop, layers=uncut) as teacher:
                 healed = fit(recipe, teacher, settings=_SETTINGS)[0]
         if kept is not None and kept.parent.is_dir():
-            with suppress(UserError, OSError):  # the disk is full: it is fitted again when it is built
+            with suppress(UserError, OSError):  # the disk is full: build fits it again
                 schema.save(healed, kept)
         return healed
 
@@ -263,7 +263,7 @@ class Evaluator:
         """Measure the uncut base, and refuse objectives on which models cannot differ.
 
         Raises:
-            UserError: the base cannot be scored, or naming these objectives.
+            UserError: the base cannot be scored, or models cannot differ on an objective.
         """
         try:
             self.base = self.evaluate(self.uncut, budget, healed=False)
@@ -275,7 +275,7 @@ class Evaluator:
         check_varied(self.measured, self.scores(self.uncut, budget))
 
     def close(self) -> None:
-        """Release all that is cached."""
+        """Empty all caches."""
         self.runner.clear()
         self._batches.clear()
         self._likeliest.clear()
@@ -287,7 +287,7 @@ class Evaluator:
         units = [(number, segment) for number, count in enumerate(counts) for segment in segments(count, self._cuts)]
         tokens = sum(batch.rows.ids_BT.numel() for unit in units for batch in self._of(unit))
         far = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._likeliest]
-        # All of them or none: memory may not suffice for a later batch.
+        # All of them or none: a later batch may run out of memory.
         self._likeliest |= {
             name: Likeliest.of(logits_NV) for name, _, logits_NV in self._logits(self.uncut, far, tokens)
         }
@@ -327,7 +327,7 @@ class Evaluator:
     def _logits(
         self, recipe: Recipe, units: Sequence[Unit], tokens: int
     ) -> Iterator[tuple[tuple[Unit, int], Batch, Tensor]]:
-        """The logits of every batch, with its name."""
+        """The logits of every batch, with its key."""
         batches = [((unit, place), batch) for unit in units for place, batch in enumerate(self._of(unit))]
         found = self.runner.logits(recipe, [(name, batch.rows) for name, batch in batches], tokens=tokens)
         for (name, batch), logits_NV in zip(batches, found, strict=True):
@@ -335,13 +335,13 @@ class Evaluator:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """What makes a trial fail, as `TrialFailed`; after a lack of memory the caches are empty."""
+        """Turn what makes a trial fail into `TrialFailed`; empty the caches when memory runs out."""
         try:
             with torch.inference_mode():
                 yield
-        except UserError as error:  # the recipe was checked before: something is not finite
+        except UserError as error:  # the recipe was checked, so something is not finite
             raise TrialFailed(str(error)) from error
-        except (MemoryError, RuntimeError) as error:  # torch says it in words, if it has no class for it
+        except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError where it has no class for it
             if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             self.runner.clear()
@@ -352,14 +352,14 @@ class Evaluator:
 
 
 def rest_of(split: Range) -> Range | None:
-    """The larger of the two parts of a source that a split leaves out; None where it leaves out nothing."""
+    """The larger of the two parts of a source outside a split; None if the split is all of it."""
     before, after = (0.0, split[0]), (split[1], 1.0)
     part = after if after[1] - after[0] >= before[1] - before[0] else before
     return part if part[1] - part[0] > 1e-9 else None
 
 
 def unseen(file: FamilyFile) -> tuple[FamilyFile, tuple[str, ...]]:
-    """The family file with each objective on what the search did not see, and the objectives that have no such rest."""
+    """The family file with each objective on unseen data, and the objectives that have none."""
     kept: list[ObjectiveSpec] = []
     without: list[str] = []
     for objective in file.objectives:
@@ -374,20 +374,19 @@ def unseen(file: FamilyFile) -> tuple[FamilyFile, tuple[str, ...]]:
 def final_scores(
     file: FamilyFile, family: Family, models: Mapping[str, Recipe], runtime: Runtime, *, examples: int
 ) -> dict[str, Any] | None:
-    """What the base and some recipes cost on unseen items; None where the search saw everything there is.
+    """The costs of the base and some recipes on unseen items; None if the search saw all items.
 
     Args:
-        examples: items of each objective, at most.
+        examples: most items of each objective.
 
     Returns:
-        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; where objectives ask
-        questions, `accuracy` of each of those, and after the base `kept`, which is accuracy as a share of the base's,
-        with the mean of these as `mean_kept`. `examples` by objective; `without`: objectives whose source the search
-        saw whole.
+        `rows`: for each model its name and its cost in each objective, `value` with `stderr`; for question objectives
+        also `accuracy`, and after the base `kept`, the accuracy as a share of the base's, with the mean of these as
+        `mean_kept`. `examples` by objective; `without`: objectives without unseen data.
     """
     rest, without = unseen(file)
     if not rest.objectives:
-        current().say("No final scores: the search sees all of every objective's source; give them a split.")
+        current().say("No final scores: the search uses all of every objective's source. Give the objectives a split.")
         return None
     evaluator = Evaluator(family, rest, runtime, examples=examples, probe=False)
     rows: list[dict[str, Any]] = []
@@ -409,7 +408,7 @@ def final_scores(
 
 
 def _accuracies(found: Mapping[str, tuple[float, float]], base: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of objectives that ask questions. What is kept of nothing is left out."""
+    """Accuracies of question objectives, and the shares kept of the base's (none where the base has 0)."""
     if not found:
         return {}
     row: dict[str, Any] = {

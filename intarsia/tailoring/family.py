@@ -1,4 +1,4 @@
-"""Whether a model is of the same family as the base: every difference that counts, and those that are only said."""
+"""Whether a model is of the same family as the base: differences that are errors, and those that are only noted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A model of a family. Without `checkpoint` only its config is known."""
+    """A model of a family. `checkpoint` is None if only its config was read."""
 
     name: str
     model: str
@@ -38,7 +38,7 @@ class Member:
 
 
 def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
-    """What makes `other` no fine-tune of the base, and what is worth saying."""
+    """The problems of `other` as a fine-tune of the base, and remarks."""
     differs = f"Variant {other.name} ({other.model}) differs from the base {base.model} in"
     problems = [
         Problem(f"{differs} {what}: {theirs}{'' if ours is None else f', not {ours}'}.", hint)
@@ -54,7 +54,7 @@ def compare(base: Member, other: Member) -> tuple[list[Problem], list[str]]:
 
 
 def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, object, str]]:
-    """What differs, the base's and the variant's, and a hint."""
+    """Each difference: what, the base's value, the variant's value, and a hint."""
     a, b = base.architecture, other.architecture
     leave = "Variants must be fine-tunes of one base; leave this one out."
     if a.family.name != b.family.name:
@@ -86,7 +86,7 @@ def _differences(base: Member, other: Member) -> Iterator[tuple[str, object, obj
 
 
 def _rotary(config: Mapping[str, Any]) -> str:
-    """Base frequency and scaling of the rotary embedding, as older and newer configs write it."""
+    """Base frequency and scaling of the rotary embedding, from older and newer configs."""
     found = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     found |= config.get("rope_parameters") or {}
     kind = found.pop("rope_type", found.pop("type", None)) or "default"
@@ -101,7 +101,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def _dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of the layers' weights; several, where they differ."""
+    """The dtypes of the layers' weights."""
     architecture = checkpoint.architecture
     names = [
         architecture.tensor_name(layer, local)
@@ -114,7 +114,7 @@ def _dtype(checkpoint: Checkpoint) -> str:
 def _remarks(base: Member, other: Member) -> Iterator[str]:
     more = other.architecture.vocabulary - base.architecture.vocabulary
     if more > 0:
-        yield f"the last {more:,} rows of its vocabulary are not used, for the base has none of them"
+        yield f"the last {more:,} rows of its vocabulary are not used, because the base lacks them"
     for key in ("rms_norm_eps", "max_position_embeddings"):
         ours, theirs = base.config.get(key), other.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -123,15 +123,15 @@ def _remarks(base: Member, other: Member) -> Iterator[str]:
     named = None if adapter is None else adapter.base_model
     known = "smollm2-135m-instruct" if base.model == DEMO else Path(base.model).name.lower()
     if named is not None and Path(named).name.lower() != known:
-        yield f"the adapter names {named} as its base, and is laid over {base.model}"
+        yield f"the adapter names {named} as its base, and is applied to {base.model}"
 
 
 def _compare_tokens(base: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
-    """Differences of two tokenizers in the base's rows, and remarks."""
+    """Differences of two tokenizers in the base's vocabulary, and remarks."""
     folder = other.folder if other.adapter is None else other.adapter.folder
     ours, theirs = _tokens(base.folder), _tokens(folder)
     if ours is None or theirs is None:
-        # Most adapters have none; they were trained with the base's.
+        # Most adapters have no tokenizer; they were trained with the base's.
         alone = other.adapter is not None and theirs is None and ours is not None
         return [], [] if alone else ["no tokenizer to compare with the base's"]
     rows = base.architecture.vocabulary
@@ -158,11 +158,11 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 def read_config_only(
     model: str, revision: str | None, base: Member | None = None, *, configs: Path | None = None
 ) -> tuple[Mapping[str, Any], Architecture]:
-    """The config of a model and the architecture that it promises; an adapter has those of `base`.
+    """The config of a model and the architecture by this config; an adapter has those of `base`.
 
     Args:
-        configs: a folder with the config file of a hub id in `ORGANISATION/NAME/config.json`, which is then not asked
-            of the hub.
+        configs: a folder with config files of hub ids as `ORGANISATION/NAME/config.json`, which are then not
+            downloaded.
     """
     folder = Path(os.path.expanduser(model))
     if model == DEMO or folder.is_dir():
@@ -186,13 +186,13 @@ def _downloaded(model: str, revision: str | None) -> Path:
             snapshot_download(model, revision=revision, allow_patterns=["*.py"])
         return Path(hf_hub_download(model, "config.json", revision=revision)).parent
     except Exception as error:
-        # Which errors come out of a failed download differs between versions of the hub's client.
+        # The errors of a failed download differ between versions of the hub's client.
         raise not_downloaded(model, revision, error) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """`members[0]` is the base. `notes` are what a user should know though it stops nothing."""
+    """A checked family. `members[0]` is the base; `notes` are remarks for the user."""
 
     members: tuple[Member, ...]
     notes: tuple[str, ...]
@@ -204,17 +204,17 @@ class Family:
 
     @property
     def architecture(self) -> Architecture:
-        """The base's, which is everyone's."""
+        """The base's architecture, which all members share."""
         return self.members[0].architecture
 
     @property
     def parameters(self) -> int | None:
-        """The base's, where its weights are open."""
+        """The base's parameters; None if only its config was read."""
         checkpoint = self.members[0].checkpoint
         return None if checkpoint is None else checkpoint.parameters
 
     def checkpoints(self) -> dict[str, Checkpoint]:
-        """The checkpoints, by name; none where only configs were read."""
+        """The checkpoints by name; none if only configs were read."""
         return {member.name: member.checkpoint for member in self.members if member.checkpoint is not None}
 
     def folders(self) -> list[Path]:
@@ -223,7 +223,7 @@ class Family:
         return [found.folder for found in checkpoints] + [each.adapter.folder for each in checkpoints if each.adapter]
 
     def variants(self) -> tuple[Variant, ...]:
-        """The members as a recipe names them, with the hashes of their weights, all of which are finite."""
+        """The members as variants of recipes, with the hashes of their weights, which are checked to be finite."""
         return tuple(
             Variant(
                 name=member.name,
@@ -236,15 +236,14 @@ class Family:
 
 
 def open_family(specs: Mapping[str, MemberSpec], *, weights: bool = True, configs: Path | None = None) -> Family:
-    """Open the members of a family, the base first, and check that they are one.
+    """Open the members of a family, the base first, and check that they belong together.
 
     Args:
-        weights: False reads config files alone, for a look before anything is downloaded; shapes are then those that
-            the configs promise.
-        configs: where config files of models on the hub are, if not there (see `read_config_only`).
+        weights: False reads config files alone, before any download; shapes then follow from the configs.
+        configs: local config files of hub models (see `read_config_only`).
 
     Raises:
-        UserError: naming everything in which members cannot be found or read, or differ from the base.
+        UserError: with every member that cannot be read, and every difference from the base.
     """
     notes: list[str] = [] if weights else ["Only config files were read: weights and tokenizers are not checked."]
     (name, spec), *variants = specs.items()

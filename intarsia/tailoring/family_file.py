@@ -1,6 +1,6 @@
 """family.yaml: a family of models, and what to search for.
 
-Paths in it are relative to the folder in which the command runs, as on the command line.
+Its paths are relative to the working directory, as on the command line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _range(least: float, most: float) -> PlainValidator:
-    """A validator for two numbers, the lower first; or one number."""
+    """A validator for a range: two ascending numbers, or one."""
 
     def read(value: Any) -> Range:
         limits = list(value) if isinstance(value, list | tuple) else [value, value]
@@ -53,7 +53,7 @@ def _range(least: float, most: float) -> PlainValidator:
 
 def _split(value: Any) -> Range:
     """`0:0.33`, the first third."""
-    if isinstance(value, tuple):  # made in Python, not read from a file
+    if isinstance(value, tuple):  # from Python, not from a file
         value = f"{value[0]}:{value[1]}"
     first, colon, last = value.partition(":") if isinstance(value, str) else ("", "", "")
     try:
@@ -98,7 +98,7 @@ _Number: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class MemberSpec(Strict):
-    """A model of the family as the user names it."""
+    """A model of the family, by the user's name for it."""
 
     model: Text
     revision: Text | None = None
@@ -112,7 +112,7 @@ _Member: TypeAlias = Annotated[MemberSpec, BeforeValidator(_member)]
 
 
 class TargetSpec(Strict):
-    """How small the result is: a depth, or a share of the base's parameters to remove."""
+    """The size of the result: a depth, or a share of the base's parameters to remove."""
 
     layers: _Count | None = None
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -130,11 +130,11 @@ class MergeSpec(Strict):
 
     # Merge operators to choose from.
     methods: Annotated[_Words, _known(lambda: METHODS)] = ("linear", "slerp", "task_arithmetic", "ties")
-    # How much of a difference to the base a merge adds; None for what the operators say.
+    # How much of a difference to the base a merge adds; None for the operators' own ranges.
     scale: Annotated[Range, _range(-10.0, 10.0)] | None = None
-    # How much of a difference is kept; None for what the operators say.
+    # How much of a difference is kept; None for the operators' own ranges.
     density: Annotated[Range, _range(0.01, 0.99)] | None = None
-    # Whether attention and MLP of a layer are merged alike.
+    # Whether attention and MLP of a layer are merged in the same way.
     parts: Literal["together", "separate"] = "together"
 
 
@@ -148,23 +148,23 @@ class ConcatSpec(Strict):
 class FusionSpec(Strict):
     """How layers are merged at full depth."""
 
-    # Groups of adjacent layers that are merged alike; None for one a layer.
+    # Number of groups of adjacent layers that share a merge; None for single layers.
     groups: _Count | None = None
 
 
 class ObjectiveSpec(Strict):
-    """One thing to be good at: exactly one of `task`, `loss` and `kl`."""
+    """One objective: exactly one of `task`, `loss` and `kl`."""
 
     name: Text
     # A task of lm-eval, or a JSONL file of questions.
     task: Text | None = None
     # A text, or a JSONL file with queries and targets: the loss on it.
     loss: Text | None = None
-    # A text: the divergence from the base on it.
+    # A text: the KL divergence from the base on it.
     kl: Text | None = None
-    # The part of the file that the search sees.
+    # The part of the file that the search uses.
     split: Split = (0.0, 1.0)
-    # What a task is measured by.
+    # The metric of a task.
     metric: Literal["accuracy", "margin", "likelihood"] = "likelihood"
 
     @model_validator(mode="after")
@@ -178,7 +178,7 @@ class ObjectiveSpec(Strict):
 
     @property
     def kind(self) -> Literal["task", "loss", "kl"]:
-        """Which of the three it is."""
+        """The kind of objective."""
         return "task" if self.task is not None else "loss" if self.loss is not None else "kl"
 
     @property
@@ -188,17 +188,17 @@ class ObjectiveSpec(Strict):
 
 
 class SearchSpec(Strict):
-    """How to search; docs/TAILOR.md says what the defaults rest on. Budgets are numbers of examples of an objective."""
+    """How to search. Budgets are numbers of examples of each objective. docs/TAILOR.md explains the defaults."""
 
-    # An engine, with options as in `smac[challengers=100]`.
+    # The engine, with options as in `smac[challengers=100]`.
     engine: str = "evolve"
     trials: _Number = 120
     min_budget: _Number = 16
     max_budget: _Number = 256
-    # One of this many candidates at a budget is promoted to the next.
+    # One of N candidates at a budget is promoted to the next.
     eta: Annotated[int, Field(ge=2, le=2**31 - 1)] = 3
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    # What to try first: `random-middle`, planners, folders of earlier runs.
+    # First candidates: `random-middle`, planners, folders of earlier runs.
     warm_start: Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(max_length=_MOST)] = (RANDOM_MIDDLE,)
 
     @field_validator("engine", mode="before")
@@ -234,7 +234,7 @@ class SearchSpec(Strict):
 
 
 class FamilyFile(Strict):
-    """What a family.yaml says."""
+    """The content of a family.yaml."""
 
     base: _Member
     variants: Annotated[
@@ -249,19 +249,19 @@ class FamilyFile(Strict):
     )
     merge: MergeSpec = MergeSpec()
     concat: ConcatSpec = ConcatSpec()
-    # What a kept layer's output may be multiplied by.
+    # Range of the factor on a kept layer's output.
     output_scale: Annotated[Range, _range(0.0, 10.0)] = (1.0, 1.0)
     fusion: FusionSpec = FusionSpec()
     objectives: Annotated[tuple[ObjectiveSpec, ...], BeforeValidator(_tuple), Field(min_length=1, max_length=_MOST)]
     search: SearchSpec = SearchSpec()
-    # Which trials are healed in closed form before they are scored: those at the greatest budget, or every one.
+    # Trials to heal in closed form before scoring: none, those at the greatest budget, or all.
     heal: Literal["none", "finalists", "every"] = "none"
 
     @field_validator("output_scale")
     @classmethod
     def _around_one(cls, value: Range) -> Range:
         if not value[0] <= 1.0 <= value[1]:
-            raise unexpected("a range with 1 in it, which leaves a layer as it is")
+            raise unexpected("a range that contains 1, the unscaled layer")
         return value
 
     @field_validator("objectives")
@@ -269,7 +269,7 @@ class FamilyFile(Strict):
     def _own_names(cls, value: tuple[ObjectiveSpec, ...]) -> tuple[ObjectiveSpec, ...]:
         names = [each.name for each in value]
         wrong = [index for index, name in enumerate(names) if name in names[:index]]
-        error = unexpected("a name of its own", remedy="Rename it.")
+        error = unexpected("a unique name", remedy="Rename it.")
         raise_misplaced([((index, "name"), error, names[index]) for index in wrong])
         return value
 
@@ -309,14 +309,14 @@ class FamilyFile(Strict):
         return self.heal == "every" or (self.heal == "finalists" and budget >= self.search.max_budget)
 
     def absolute(self) -> FamilyFile:
-        """The same with absolute paths; a name without such a file stays as it is."""
+        """The same with absolute paths; names that are not files are unchanged."""
         from intarsia.evaluation.task_file import names_a_file
 
         def member(spec: MemberSpec) -> MemberSpec:
             return spec.model_copy(update={"model": absolute_path(spec.model)})
 
         def objective(spec: ObjectiveSpec) -> ObjectiveSpec:
-            # A task of lm-eval keeps its name, whatever folder is called so.
+            # A task of lm-eval keeps its name, even if a folder has the same one.
             named = spec.kind == "task" and not names_a_file(spec.source)
             return spec if named else spec.model_copy(update={spec.kind: absolute_path(spec.source)})
 
@@ -332,12 +332,12 @@ class FamilyFile(Strict):
         )
 
     def to_yaml(self) -> str:
-        """The text of a family file that says the same."""
+        """The family file as YAML."""
         return dump_yaml(plain(self.model_dump(exclude_unset=True)))
 
 
 def absolute_path(name: str) -> str:
-    """A file or folder that is there by its absolute path, with the part of a file that is asked for."""
+    """The absolute path of an existing file or folder, with its `#part`; other names are unchanged."""
     from intarsia.model_name import DEMO
 
     if name == DEMO:
@@ -351,10 +351,10 @@ def absolute_path(name: str) -> str:
 
 
 def read_family_file(path: Path) -> FamilyFile:
-    """Read a family.yaml. Its form is checked; whether the models fit each other is the business of `open_family`.
+    """Read a family.yaml and check its form; `open_family` checks that the models belong together.
 
     Raises:
-        UserError: with everything that is wrong with it.
+        UserError: with every problem in it.
     """
     return parse_family(read_yaml(path, what="a family"), where=str(path))
 
@@ -363,6 +363,6 @@ def parse_family(data: Any, *, where: str) -> FamilyFile:
     """The family that plain data describes.
 
     Raises:
-        UserError: with everything that is wrong with it.
+        UserError: with every problem in it.
     """
     return checked(FamilyFile, data, where=where, remedy=_REMEDY)

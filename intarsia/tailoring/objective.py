@@ -1,4 +1,4 @@
-"""Objectives: the examples that candidates are measured on, and the one order in which budgets take them."""
+"""Objectives: examples to measure candidates on, in the order in which budgets use them."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _LENGTHS = 3  # classes of length, of equal size
 class Example:
     """A question, a query with its target, or a window of text, as tokens."""
 
-    # Of a question one for each choice, else one. A window is its first token as context, and the others.
+    # One for each choice of a question, else one. A window has its first token as context.
     requests: tuple[Request, ...]
-    # The right choice.
+    # Index of the right choice.
     gold: int | None = None
-    # Of each choice; its log-likelihood is divided by it.
+    # Length of each choice, by which its log-likelihood is divided.
     characters: tuple[int, ...] = ()
-    # Where it comes from, if there are several places.
+    # Its task, if the objective has several.
     source: str = ""
 
     @property
     def tokens(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return sum(len(request.continuation) for request in self.requests)
 
     @property
     def length(self) -> int:
-        """Tokens that are read, if what requests share is read once."""
+        """Number of tokens to read, if shared prefixes are read once."""
         return len(self.requests[0].context) + self.tokens
 
 
@@ -72,12 +72,12 @@ def in_order(examples: Sequence[Example], seed: int) -> tuple[Example, ...]:
 
 Measure: TypeAlias = Literal["accuracy", "margin", "likelihood", "loss", "kl"]
 Segment: TypeAlias = tuple[int, int]
-"""Examples `first` .. `last - 1` of an objective's order."""
+"""Examples `first` .. `last - 1` in an objective's order."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
-    """One thing to be good at, and the examples for it in the order of the budgets; `source` names the data."""
+    """An objective with its examples in the order of the budgets; `source` names the data."""
 
     name: str
     measure: Measure
@@ -86,7 +86,7 @@ class Objective:
 
     @property
     def sha256(self) -> str:
-        """Over the examples' tokens and right answers, in order."""
+        """The hash of the examples' tokens and right answers, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
             requests = [[request.context, request.continuation] for request in example.requests]
@@ -103,12 +103,12 @@ class Objective:
         return [request for example in self.examples[slice(*segment)] for request in example.requests]
 
     def batches(self, segment: Segment, *, pack: bool, batch_tokens: int) -> tuple[Batch, ...]:
-        """A segment's requests, numbered from its first example's first."""
-        # Packed rows carry masks, which windows and targets, alone in their rows, do not need.
+        """Batches of a segment's requests, numbered from 0."""
+        # Packed rows need masks; windows and targets, each in a row of its own, do not.
         return tuple(batches_of(self.requests(segment), pack=pack and self.asks, batch_tokens=batch_tokens))
 
     def scores(self, values_R: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Each example's score, to be minimised, from the values of the first examples' requests, in order.
+        """The score of each of the first examples, to be minimised, from the values of their requests, in order.
 
         Args:
             values_R: log-likelihoods, or for `kl` divergences, summed over a request's tokens.
@@ -131,12 +131,12 @@ class Objective:
         return np.array(found)
 
     def accuracy(self, values_R: npt.NDArray[np.float64]) -> tuple[float, float]:
-        """Of questions, whatever they are measured by: the share that is answered rightly, and its standard error."""
+        """The share of correctly answered questions with its standard error, whatever the metric."""
         right = 1.0 - replace(self, measure="accuracy").scores(values_R)
         return float(right.mean()), float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0
 
     def cost(self, scores: npt.NDArray[np.float64]) -> tuple[float, float]:
-        """The cost from the scores of the first examples, and its standard error (0 for one example)."""
+        """The cost by the scores of the first examples, and its standard error (0 for one example)."""
         n = len(scores)
         tokens = np.array([float(example.tokens) for example in self.examples[:n]])
         weights = np.ones(n) if self.asks else tokens
@@ -161,22 +161,22 @@ def segments(count: int, cuts: Sequence[int]) -> Iterator[Segment]:
 
 
 def check_varied(objectives: Sequence[Objective], scores: Sequence[npt.NDArray[np.float64]]) -> None:
-    """Refuse objectives that do not tell models apart: equal examples, or the same score for the base on each.
+    """Refuse objectives that cannot distinguish models: equal examples, or the same score of the base on each.
 
     Raises:
-        UserError: naming all of them.
+        UserError: with all of them.
     """
     problems = Problems()
     for objective, found in zip(objectives, scores, strict=True):
         if len(objective.examples) > 1 and len({example.requests for example in objective.examples}) == 1:
             problems.add(
-                f"Objective {objective.name} ({objective.source}) does not tell models apart: all "
+                f"Objective {objective.name} ({objective.source}) cannot distinguish models: all "
                 f"{len(objective.examples)} examples are the same.",
                 "Give it other data.",
             )
         elif objective.measure != "kl" and len(found) > 1 and float(np.ptp(found)) == 0.0:
             problems.add(
-                f"Objective {objective.name} ({objective.source}) does not tell models apart: the base's score is the "
+                f"Objective {objective.name} ({objective.source}) cannot distinguish models: the base's score is the "
                 f"same for each of its {len(found)} examples.",
                 "Give it other data, or for a task metric: likelihood, which varies more than accuracy.",
             )
@@ -185,25 +185,25 @@ def check_varied(objectives: Sequence[Objective], scores: Sequence[npt.NDArray[n
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessQuestion:
-    """A question as lm-eval asks it."""
+    """A question of lm-eval."""
 
-    # Of each choice what is read and what is scored, and its characters.
+    # For each choice: its context, the scored text, and its number of characters.
     pairs: tuple[tuple[str, str], ...]
     characters: tuple[int, ...]
-    # The right one.
+    # Index of the right choice.
     gold: int
-    # The task that it is from.
+    # Its task.
     source: str = ""
 
 
 def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
-    """The questions of a task of lm-eval, or of all tasks of a group.
+    """The questions of a task of lm-eval, or of all tasks in a group.
 
     Args:
         part: of each task's items; item i of n is in it if start * n <= i < end * n.
 
     Raises:
-        UserError: it is none of choices with one right answer.
+        UserError: it is not multiple choice with one right answer.
     """
     found: list[HarnessQuestion] = []
     for leaf in task.leaves:
@@ -225,13 +225,13 @@ def questions_of(task: Task, part: Range) -> list[HarnessQuestion]:
 def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
     document = instances[0].doc
     choices = [str(choice) for choice in leaf.doc_to_choice(document)]
-    # Where choices are contexts before one ending (as in WinoGrande), the right one stands in the text's place.
+    # If choices are contexts before one ending (as in WinoGrande), lm-eval puts the right one in the place of the text.
     gold = leaf.doc_to_text(document) if leaf.multiple_input else leaf.doc_to_target(document)
     if isinstance(gold, str) and gold in choices:
         gold = choices.index(gold)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise _refused(name, f"one with the answer {gold!r} to a question")
-    # After the choices there may be others, without context, for mutual information.
+    # Instances without context for mutual information may follow the choices.
     pairs = tuple((str(instance.args[0]), str(instance.args[1])) for instance in instances[: len(choices)])
     if not all(context.strip() and continuation.strip() for context, continuation in pairs):
         raise _refused(name, "one with a blank question")
@@ -241,13 +241,13 @@ def _question(leaf: Any, name: str, instances: list[Any]) -> HarnessQuestion:
 def _refused(name: str, found: str) -> UserError:
     return UserError(
         f"A search needs multiple choice with one right answer to each question; task {name} is {found}.",
-        "Choose such a task, or pass a local file of query, choices and gold (.jsonl); for texts that are written, use "
-        "loss on a file of query and target.",
+        "Choose such a task, or a local .jsonl file of query, choices and gold; for generated answers, use loss on a "
+        "file of query and target.",
     )
 
 
 _WHOLE: Range = (0.0, 1.0)
-_MOST_READ = 2 * 1024 * 1024  # bytes of one text that are tokenised, unless more is needed
+_MOST_READ = 2 * 1024 * 1024  # bytes of a text to tokenise, unless more are needed
 _BYTES_A_TOKEN = 32
 
 
@@ -263,13 +263,13 @@ def read_objectives(
     """The objectives, each with its examples in the order of the budgets.
 
     Args:
-        windows: how many windows to draw of a text, at most.
+        windows: most windows to draw from a text.
         seq_len: their tokens.
-        max_length: positions of the model; None where it has no limit.
-        seed: decides the order, and which windows are drawn.
+        max_length: positions of the model; None for no limit.
+        seed: of the order, and of the windows.
 
     Raises:
-        UserError: with everything that is wrong with their sources.
+        UserError: with every problem of their sources.
     """
     problems, found = Problems(), list[Objective]()
     with current().task("objectives", total=len(specs)) as task:
@@ -289,7 +289,7 @@ def _examples(
 ) -> list[Example]:
     if spec.kind == "task":
         if names_a_file(spec.source):
-            # As in `intarsia.evaluation.tasks`: a choice stands after the query and a space.
+            # As in `intarsia.evaluation.tasks`: a choice follows the query and a space.
             questions = [
                 HarnessQuestion(
                     pairs=tuple((item.query, f" {choice}") for choice in item.choices),
@@ -332,10 +332,10 @@ def _examples(
 
 
 def part_of(spec: ObjectiveSpec) -> str:
-    """The source with its split, as files are written on the command line.
+    """The source with its split, in the command line's form.
 
     Raises:
-        UserError: the source has no parts.
+        UserError: the source cannot be split.
     """
     if spec.split == _WHOLE:
         return spec.source
@@ -349,7 +349,7 @@ def part_of(spec: ObjectiveSpec) -> str:
 
 
 def _holds_targets(source: str) -> bool:
-    """Whether the first line is a query with a target; what is wrong with a file is reported by whoever reads it."""
+    """Whether the first line is a query with a target; the reader reports problems of the file."""
     path = Path(source) if Path(source).is_file() else Path(source.partition("#")[0])
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -360,12 +360,12 @@ def _holds_targets(source: str) -> bool:
 
 
 def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, windows: int, least: int, eos: int | None) -> Corpus:
-    """Text for the closed form: windows of the examples' tokens from the end of their order, objectives taking turns.
+    """Text for the closed form: windows of the last examples' tokens, alternating between objectives.
 
     Args:
-        windows: of all objectives, at most.
-        least: of all objectives.
-        eos: stands between two examples, where there is one.
+        windows: most windows, over all objectives.
+        least: fewest windows, over all objectives.
+        eos: separates two examples, if there is one.
 
     Raises:
         UserError: the examples are too few.
@@ -384,7 +384,7 @@ def heal_corpus(objectives: Sequence[Objective], *, seq_len: int, windows: int, 
 
 
 def _full_windows(objective: Objective, seq_len: int, eos: int | None) -> Iterator[list[int]]:
-    """What is left over at the end is not used."""
+    """Full windows of an objective's tokens; a shorter rest is not used."""
     waiting: list[int] = []
     for example in reversed(objective.examples):
         request = example.requests[example.gold or 0]

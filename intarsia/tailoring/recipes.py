@@ -1,4 +1,4 @@
-"""Candidates and trials become recipes; with the scores by which pieces of joined layers are chosen."""
+"""Recipes of candidates and trials, and the scores that choose pieces of joined layers."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from intarsia.tailoring.run import FAMILY, Front, TailorRun, Trial
 from intarsia.tailoring.space import Space, space_of
 
 PieceScores = dict[LayerRef, dict[Part, Tensor]]
-"""How sensitive each piece of a layer is, `[P]` for each part: see `intarsia.pruning.scores.piece_scores`."""
+"""The sensitivity of each piece of a layer, `[P]` for each part: see `intarsia.pruning.scores.piece_scores`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Translator:
-    """From the candidates of a space to recipes."""
+    """Translates candidates of a space to recipes."""
 
     space: Space
     architecture: Architecture
-    # The members of the family, by the names that the space has for them.
+    # The members of the family, by name in the space.
     variants: Sequence[Variant]
-    # Of every layer of every member that may be joined; needed for joins only.
+    # Scores of every layer of every member; needed for joins only.
     scores: PieceScores
-    # Of the methods that drop entries at random.
+    # Seed of the methods that drop entries at random.
     seed: int = 0
 
     def recipe(self, candidate: Candidate) -> Recipe:
-        """The recipe of a candidate of the space. Variants that it does not use are left out."""
+        """The recipe of a candidate of the space, without the variants that it does not use."""
         assert self.space.has(candidate), "a candidate of this space"
         ops = [
             self._op(choice, layer, self.space.removed_after(layer, candidate.positions))
@@ -88,7 +88,7 @@ class Translator:
         )
 
     def _mix(self, blend: Blend, members: Sequence[str]) -> Mix:
-        """A blend as weights for these members, of which it may leave some out, and parameters."""
+        """A blend as weights of these members (0 for unused ones) and parameters."""
         method = blend.method or "linear"
         kind, values, count = METHODS[method], dict(blend.values), len(blend.members)
         own = [1.0] * count
@@ -104,7 +104,7 @@ class Translator:
         return Mix(weights=weights, method=method, params=with_defaults(method, params))
 
     def _joined(self, choice: Join, layer: int, removed: int) -> Op:
-        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in. Or two half layers."""
+        """Concatenation as in CoMe: the most sensitive pieces of each, norms folded in; or two half-layers."""
         after = 1 if choice.share is not None else removed
         refs = [LayerRef(variant=choice.first, layer=layer), LayerRef(variant=choice.second, layer=layer + after)]
         ops = [Select(source=ref) for ref in refs]
@@ -129,7 +129,7 @@ class Translator:
 def measure_scores(
     members: Mapping[str, Checkpoint], corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None
 ) -> PieceScores:
-    """The scores of every layer of every member; one model is in memory at a time."""
+    """Measure the scores of every layer of every member, with one model in memory at a time."""
     found: PieceScores = {}
     with current().task("measuring the members", len(members)) as task:
         for name, checkpoint in members.items():
@@ -151,7 +151,7 @@ def measure_scores(
 
 
 def save_scores(scores: PieceScores, path: Path) -> None:
-    """Write scores to a file that is there whole or not at all."""
+    """Write scores to a file, whole or not at all."""
     tensors = {
         f"{ref.variant}:{ref.layer}:{part}": tensor for ref, parts in scores.items() for part, tensor in parts.items()
     }
@@ -160,7 +160,7 @@ def save_scores(scores: PieceScores, path: Path) -> None:
 
 
 def load_scores(path: Path) -> PieceScores:
-    """The scores in a file of `save_scores`."""
+    """Read scores from a file of `save_scores`."""
     found: PieceScores = {}
     for name, tensor in load_file(path).items():
         variant, layer, part = name.rsplit(":", 2)
@@ -175,7 +175,7 @@ SENSITIVITIES = "sensitivities.safetensors"
 def translator_of(
     file: FamilyFile, architecture: Architecture, facts: Mapping[str, Any], scores: PieceScores
 ) -> Translator:
-    """From candidates to recipes, for the members and the depth that `tailor.json` names."""
+    """The translator for the members and the depth in `tailor.json`."""
     variants = tuple(
         Variant(name=name, model=entry["model"], revision=entry["revision"], sha256=entry["sha256"])
         for name, entry in facts["members"].items()
@@ -194,8 +194,8 @@ def trial_recipe(run: TailorRun, trial: Trial, evaluator: Evaluator | None = Non
     """The recipe of a trial, healed if the trial was.
 
     Args:
-        evaluator: of the search, where it is open; only a healed trial needs one.
-        healed: False for the recipe as it was before that.
+        evaluator: that of the search, if it is open; only a healed trial needs one.
+        healed: False for the recipe before healing.
     """
     kept = run.recipe_path(trial.number)
     if kept.exists() and healed:
@@ -227,7 +227,7 @@ def trial_recipe(run: TailorRun, trial: Trial, evaluator: Evaluator | None = Non
 
 
 def keep_front(run: TailorRun, front: Front, evaluator: Evaluator) -> None:
-    """Write the recipes of a front's trials, those that are not there yet."""
+    """Write the missing recipes of a front's trials."""
     for trial in front.points:
         path = run.recipe_path(trial.number)
         if not path.exists():

@@ -3,11 +3,11 @@
 - `tailor.json`: the members with the hashes of their weights, the space, the budgets, the base's costs on the greatest
   of them, the objectives with the hashes of their examples, engine, seed, device and dtype.
 - `family.yaml`: the family file, its paths made absolute.
-- `wanted.json`: how many trials are asked for.
-- `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: what the search starts with.
+- `wanted.json`: the wanted number of trials.
+- `sensitivities.safetensors`, `warm_start.json`, `plans/METHOD/`: the inputs of the search.
 - `trials.jsonl`: the log (`Trial`).
 - `front.json`: the Pareto front (`Front.to_dict`), written whenever it changes; `evaluated` are the final scores.
-- `fits/`: during the search, healed recipes of trials that are running or lead at their budget.
+- `fits/`: during the search, healed recipes of running trials and of those that lead at their budget.
 - `front/trial-N.yaml`: the recipes of the front; `best/`: the incumbent, built; `report.html`: the report.
 """
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 TRIALS = "trials.jsonl"
 EARLIER = "earlier"
-"""The engine of trials that were taken over from an earlier search. They do not count toward the goal."""
+"""The engine name of trials taken over from an earlier search. They do not count toward the goal."""
 Key = tuple[str, int]
-"""A recipe's hash and a budget: what is never evaluated twice."""
+"""A recipe's hash and a budget: a pair is never evaluated twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A candidate that was evaluated at a budget, or that failed."""
+    """A candidate evaluated at a budget, or failed."""
 
-    # Its place in the log, from 0.
+    # Its index in the log, from 0.
     number: int
-    # Who asked for it, and how it came to be: `warm start: sleb`, `random`, `promotion`, ...
+    # The engine that asked for it, and its origin: `warm start: sleb`, `random`, `promotion`, ...
     engine: str
     origin: str
     # The content hash of its recipe.
@@ -56,7 +56,7 @@ class Trial:
     budget: int
     seed: int
     status: Literal["ok", "failed"]
-    # One for each objective, less is better; None where it failed.
+    # One cost for each objective, lower is better; None if it failed.
     costs: tuple[float, ...] | None = None
     # The number of examples of each objective.
     examples: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Trial:
     layer_forwards: float = 0.0
     seconds: Annotated[float, PlainSerializer(lambda seconds: round(seconds, 4))] = 0.0
     worker: str = "0"
-    # How often it was tried, and why it failed at last.
+    # Number of attempts, and why the last one failed.
     attempts: int = 1
     reason: str | None = None
     candidate: Plain
@@ -74,7 +74,7 @@ class Trial:
 
     @property
     def key(self) -> Key:
-        """What makes it another trial than others."""
+        """The recipe's hash and the budget, which identify the trial."""
         return self.recipe, self.budget
 
 
@@ -82,13 +82,13 @@ _TRIALS = TypeAdapter(Trial)
 
 
 class History:
-    """The trials of a run, in the order in which they were finished."""
+    """The trials of a run, in the order in which they finished."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; nothing is written, so that a look at a run does not disturb the search.
+        """Read the log without writing, so that reading does not disturb a running search.
 
         Raises:
-            UserError: a line that is not the last one is no trial.
+            UserError: a line other than the last is not a trial.
         """
         self.path = path
         self._log = Log(path)
@@ -111,12 +111,12 @@ class History:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """All of them."""
+        """All trials."""
         return tuple(self._trials)
 
     @property
     def made(self) -> tuple[Trial, ...]:
-        """Those that this search has made, not taken over."""
+        """The trials of this search, without those taken over."""
         return tuple(trial for trial in self._trials if trial.engine != EARLIER)
 
     def find(self, key: Key) -> Trial | None:
@@ -124,13 +124,13 @@ class History:
         return self._by_key.get(key)
 
     def take_over(self, trials: Iterable[Trial]) -> None:
-        """Add trials of an earlier search, those that are not there yet."""
+        """Add trials of an earlier search that are not in the log yet."""
         for trial in trials:
             if trial.key not in self._by_key:
                 self.append(replace(trial, number=len(self), engine=EARLIER))
 
     def append(self, trial: Trial) -> None:
-        """Write a trial; when this returns it is on the disk."""
+        """Append a trial; it is on disk when this returns."""
         assert trial.number == len(self._trials) and trial.key not in self._by_key
         self._log.append(_TRIALS.dump_python(trial))
         self._trials.append(trial)
@@ -143,13 +143,13 @@ def _costs(trial: Trial) -> tuple[float, ...]:
 
 
 def dominates(first: Costs, second: Costs) -> bool:
-    """Whether the first is nowhere worse and somewhere better."""
+    """Whether the first is better in one cost and worse in none."""
     pairs = list(zip(first, second, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def non_dominated(costs: Sequence[Costs]) -> list[int]:
-    """The indices of the costs that no other ones dominate; of equal ones the first."""
+    """The indices of non-dominated costs; the first of equal ones."""
     found = []
     for index, row in enumerate(costs):
         beaten = any(dominates(other, row) for other in costs)
@@ -161,22 +161,22 @@ def non_dominated(costs: Sequence[Costs]) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """The best that a search has found."""
+    """The Pareto front of a search."""
 
     objectives: tuple[str, ...]
-    # At which the trials were compared, and whether it is the search's greatest.
+    # The budget at which trials are compared, and whether it is the search's greatest.
     budget: int
     top: bool
-    # The trials of the front, by ascending first cost, and all that succeeded at that budget.
+    # The trials of the front, by ascending first cost, and all that succeeded at this budget.
     points: tuple[Trial, ...]
     rivals: tuple[Trial, ...]
 
     @property
     def knee(self) -> Trial:
-        """The trial of the front that is best for equal weights: least in the augmented Chebyshev function of the
-        costs, each scaled from the least to the greatest of all trials at this budget.
+        """The best trial of the front under equal weights: the least augmented Chebyshev value of the costs, each
+        scaled from the least to the greatest of all trials at this budget.
 
-        Scaled by the front alone, the smallest difference between two points would count as much as any other.
+        Scaled by the front alone, tiny differences between two points would count as much as large ones.
         """
         costs, among = [_costs(trial) for trial in self.points], [_costs(trial) for trial in self.rivals]
         return self.points[order(costs, [1.0 / len(self.objectives)] * len(self.objectives), among)[0]]
@@ -187,7 +187,7 @@ class Front:
         return min(self.points, key=lambda trial: (_costs(trial)[at], trial.number))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each trial: its costs, what it is best in, and how it was found."""
+        """A row for each trial: its costs, the objectives it is best in, and its origin."""
         return [
             {
                 "trial": trial.number,
@@ -204,8 +204,8 @@ class Front:
     def to_dict(self) -> dict[str, Any]:
         """As plain data.
 
-        `points`: the trials as in the log, without how they were made; `best`: the numbers of the trials that are best
-        in each objective; `knee`: the number of the knee's.
+        `points`: the trials as in the log, without their cost to run; `best`: the number of the best trial in each
+        objective; `knee`: the number of the knee.
         """
         return {
             "objectives": list(self.objectives),
@@ -228,7 +228,7 @@ class Front:
 
 
 def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: int) -> Front | None:
-    """The front of some trials; None where none has succeeded."""
+    """The front of some trials; None if none succeeded."""
     fine = [trial for trial in trials if trial.costs is not None]
     if not fine:
         return None
@@ -245,7 +245,7 @@ def front_of(trials: Iterable[Trial], objectives: Sequence[str], *, max_budget: 
 
 
 def leading(trials: Iterable[Trial]) -> set[str]:
-    """The hashes of recipes that are on the front of the greatest budget that they were tried at."""
+    """The hashes of recipes on the front of the greatest budget at which they were tried."""
     fine = [trial for trial in trials if trial.costs is not None]
     greatest: dict[str, int] = {}
     for trial in fine:
@@ -262,19 +262,19 @@ FACTS, FAMILY, WANTED, FRONT = "tailor.json", "family.yaml", "wanted.json", "fro
 
 
 def is_tailor_run(path: Path) -> bool:
-    """Whether a folder is that of a search."""
+    """Whether a folder is the run folder of a search."""
     return (path / FACTS).is_file()
 
 
 class TailorRun(RunDir):
-    """The folder of a search. What is read once is not read again; `front` is as it was then."""
+    """The run folder of a search. Everything is read once and cached, also `front`."""
 
     def __init__(self, path: str | Path, *, option: str = "-o") -> None:
         super().__init__(path, option=option)
 
     @classmethod
     def existing(cls, path: str | Path, *, made_by: str = "intarsia tailor family.yaml -o DIR") -> TailorRun:
-        """The folder of a search, to read or to resume.
+        """The existing folder of a search, to read or to resume.
 
         Raises:
             UserError: there is none.
@@ -285,7 +285,7 @@ class TailorRun(RunDir):
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What is known of the search: `tailor.json`."""
+        """The facts of the search: `tailor.json`."""
         return self.read_json(FACTS)
 
     @property
@@ -316,7 +316,7 @@ class TailorRun(RunDir):
 
     @property
     def base(self) -> Mapping[str, float]:
-        """The base model's costs on the examples of the greatest budget; empty where they were not kept."""
+        """The base model's costs at the greatest budget; empty if they were not recorded."""
         return self.settings.get("base") or {}
 
     @cached_property
@@ -327,7 +327,7 @@ class TailorRun(RunDir):
 
     @property
     def final(self) -> dict[str, Any] | None:
-        """The final scores on examples that the search has not seen."""
+        """The final scores on unseen examples."""
         found = self.read_json(FRONT).get("evaluated") if (self.path / FRONT).is_file() else None
         return found if isinstance(found, dict) else None
 
@@ -337,19 +337,19 @@ class TailorRun(RunDir):
 
     @property
     def wanted(self) -> int:
-        """How many trials are asked for; 0 if nobody has asked yet."""
+        """The wanted number of trials; 0 before it is recorded."""
         return int(self.read_json(WANTED)["trials"]) if (self.path / WANTED).is_file() else 0
 
     def want(self, trials: int) -> None:
-        """Record how many trials are asked for, before the first of them is made."""
+        """Record the wanted number of trials, before the first one."""
         self.write_json(WANTED, {"trials": trials})
 
     def recipe_path(self, number: int) -> Path:
-        """Where the recipe of a trial of the front is, or will be."""
+        """The path of the recipe of a trial of the front, existing or not."""
         return self.path / "front" / f"trial-{number:05d}.yaml"
 
     def recipe(self, trial: Trial) -> Recipe | None:
-        """The recipe of a trial of the front, where it was written."""
+        """The recipe of a trial of the front; None if it was not written."""
         path = self.recipe_path(trial.number)
         try:
             return schema.load(path) if path.is_file() else None
@@ -357,7 +357,7 @@ class TailorRun(RunDir):
             return None
 
     def describe(self, file: FamilyFile, family: Family, space: Space, *, engine: str) -> dict[str, Any]:
-        """What `tailor.json` records of the family and the space."""
+        """The facts of the family and the space for `tailor.json`."""
         return {
             "kind": "tailor",
             "members": {
@@ -410,7 +410,7 @@ class TailorRun(RunDir):
 
     @property
     def fits(self) -> Path:
-        """Where fits of trials are kept during the search, by the hash of the recipe."""
+        """The folder of trials' fits during the search, by recipe hash."""
         return (self.path / "fits").absolute()
 
     def keep_fits(self, hashes: Collection[str]) -> None:
@@ -421,11 +421,11 @@ class TailorRun(RunDir):
 
     @property
     def best(self) -> Path:
-        """Where the incumbent is built."""
+        """The folder of the built incumbent."""
         return self.path / "best"
 
     def has_built(self, sha256: str) -> bool:
-        """Whether the incumbent that is built has a recipe of this hash."""
+        """Whether the built incumbent has a recipe of this hash."""
         from intarsia.building.materialize import RECIPE_FILE
 
         path = self.best / RECIPE_FILE
@@ -436,17 +436,17 @@ class TailorRun(RunDir):
 
     @property
     def report(self) -> Path:
-        """Where the page about the search is."""
+        """The path of the report."""
         return self.path / "report.html"
 
     def chosen(self, *, best: str | None = None, knee: bool = False, trial: int | None = None) -> Trial:
-        """The trial that is asked for: the best in an objective, the knee of the front, or by its number.
+        """The chosen trial: the best in an objective, the knee of the front, or the one with a number.
 
         Raises:
-            UserError: more than one of them is asked for, there is no such objective or trial, or it has failed.
+            UserError: several are given, there is no such objective or trial, or it failed.
         """
         if sum([best is not None, knee, trial is not None]) > 1:
-            raise UserError("--best, --knee and --trial choose one trial each.", "Give one of them.")
+            raise UserError("More than one of --best, --knee and --trial is given.", "Give one of them.")
         if trial is not None:
             if not 0 <= trial < len(self.trials):
                 raise UserError(
@@ -455,7 +455,7 @@ class TailorRun(RunDir):
                 )
             found = self.trials[trial]
             if found.status == "failed":
-                raise UserError(f"--trial {trial} has failed: {found.reason}.", "Choose another one.")
+                raise UserError(f"Trial {trial} failed: {found.reason}.", "Choose another one.")
             return found
         if self.front is None:
             raise UserError(f"No trial of {self.path} has succeeded yet.", "Let `intarsia tailor` continue.")

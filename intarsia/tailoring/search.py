@@ -1,6 +1,6 @@
-"""The search: questions of an engine go to workers, answers into the log and back to the engine.
+"""The search: candidates of an engine go to workers, results to the log and back to the engine.
 
-One worker is this process; several are processes under Dask. A trial that fails is tried once more.
+One worker is this process; several are processes under Dask. A failed trial is tried once more.
 """
 
 from __future__ import annotations
@@ -39,42 +39,42 @@ _REPEATS = 1000
 _PATIENCE = 60  # seconds without a worker
 
 Evaluate: TypeAlias = Callable[[Recipe, int], Outcome]
-"""Gives the costs of a recipe at a budget, or raises TrialFailed."""
+"""Returns the costs of a recipe at a budget, or raises TrialFailed."""
 
 
 class Scorer(Protocol):
-    """What evaluates in a worker, such as `Evaluator`."""
+    """The evaluator of a worker, such as `Evaluator`."""
 
     def evaluate(self, recipe: Recipe, budget: int) -> Outcome:
-        """The costs of a recipe at a budget, or TrialFailed."""
+        """Return the costs of a recipe at a budget, or raise TrialFailed."""
 
     def close(self) -> None:
-        """Release what is cached."""
+        """Empty the caches."""
 
 
 Opener: TypeAlias = Callable[[str], Scorer]
-"""Opens a scorer in the process of the worker of that name; can be pickled."""
+"""Opens a scorer in the worker process of that name; can be pickled."""
 
 
 @dataclass(kw_only=True)
 class Search:
-    """A search, and its state: what is asked, running and answered."""
+    """A search and its state: which trials are asked for, running and done."""
 
-    # A new one, made for the task. It learns the trials of earlier searches, and is asked everything that the log has
-    # answers to again; so it becomes what it was.
+    # A new engine for the task. A resumed search replays the log to it, with the trials of earlier searches, which
+    # restores its state.
     engine: Engine
     task: Task
     history: History
     workers: Workers
-    # How many trials of its own the log should have, and what they are marked with.
+    # Number of own trials that the log should have, and the engine's name in them.
     trials: int
     name: str
     recipe_of: Callable[[Candidate], Recipe]
-    # Called with the Pareto front whenever a trial has changed it.
+    # Called with the Pareto front whenever a trial changes it.
     on_front: Callable[[Front], None] = lambda front: None
-    # Called after every trial with the hashes of the recipes that are running or may be needed again.
+    # Called after every trial with the hashes of recipes that run or may be needed again.
     on_trial: Callable[[Set[str]], None] = lambda recipes: None
-    # Running trials, each with the questions that it answers.
+    # Running trials, each with the asks that it answers.
     _open: dict[Key, list[Ask]] = field(default_factory=dict, init=False)
     _stopped: str | None = field(default=None, init=False)
     # Numbers of the trials that the engine knows.
@@ -82,7 +82,7 @@ class Search:
     _repeats: int = field(default=0, init=False)
 
     def run(self) -> str | None:
-        """Search until the log has as many trials as are asked for; return None, or why the search ended before."""
+        """Search until the log has the wanted number of trials; return None, or why the search stopped early."""
         if len(self.history.made) >= self.trials:
             return None
         self._tell(trial for trial in self.history if trial.engine == EARLIER)
@@ -104,11 +104,11 @@ class Search:
         return self._stopped
 
     def _fill(self) -> None:
-        """Ask for as many trials as there are free workers."""
+        """Start a trial on each free worker."""
         while self._stopped is None and (free := self._free()) > 0:
             asks = self.engine.ask(free)
             if not asks:
-                # A running trial may give the engine new questions.
+                # A running trial may lead to new proposals.
                 if not self._open:
                     self._stopped = "the engine found nothing new to try"
                 return
@@ -120,7 +120,7 @@ class Search:
         return min(self.workers.count - len(self._open), left)
 
     def _tell(self, trials: Iterable[Trial]) -> None:
-        """Give the engine those of some trials that it does not know."""
+        """Tell the engine the trials that it does not know yet."""
         for trial in trials:
             if trial.number not in self._told:
                 self._told.add(trial.number)
@@ -136,18 +136,18 @@ class Search:
             self._told.add(known.number)
             self.engine.tell(ask.candidate, ask.budget, known.costs)
             if self._repeats >= _REPEATS:
-                self._stopped = f"{_REPEATS} times the engine asked for what was tried already"
+                self._stopped = f"the engine proposed known candidates {_REPEATS} times"
         elif key in self._open:
             self._open[key].append(ask)
         else:
-            # With several workers the answers in the log may have come in another order than the engine asks now.
+            # With several workers, the results in the log may be in another order than the engine asks now.
             self._tell(self.history)
             self._repeats = 0
             self._open[key] = [ask]
             self.workers.submit(key, recipe, ask.budget)
 
     def _collect(self, done: Done) -> Trial:
-        """A trial came back: into the log, then to the engine."""
+        """Take a finished trial: log it, then tell the engine."""
         asks, (recipe, budget) = self._open.pop(done.key), done.key
         found: dict[str, Any] = {"reason": done.reason}
         if done.outcome is not None:
@@ -175,10 +175,10 @@ class Search:
         return front_of(self.history, self.task.objectives, max_budget=self.task.budgets[-1])
 
     def _stop_if_doomed(self) -> None:
-        """Stop where everything fails.
+        """Stop if all of the first trials failed.
 
         Raises:
-            UserError: saying why the trials failed.
+            UserError: with the reasons why the trials failed.
         """
         trials = self.history.made
         if len(trials) < min(_DOOMED, self.trials) or any(trial.status == "ok" for trial in trials):
@@ -192,7 +192,7 @@ class Search:
 
 
 def words(trials: Sequence[Trial], front: Front | None) -> str:
-    """Where a search is, in a few words: the best of each objective at the greatest budget so far, and the front."""
+    """The progress of a search in words: the best of each objective at the greatest budget so far, and the front."""
     if front is None:
         return "no score yet"
     costs = zip(*(point.costs or () for point in front.points), strict=True)
@@ -206,7 +206,7 @@ def words(trials: Sequence[Trial], front: Front | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A finished trial: its outcome, or the reason why there is none."""
+    """A finished trial: its outcome, or why it failed."""
 
     key: Key
     outcome: Outcome | None
@@ -216,10 +216,10 @@ class Done:
 
 
 def scored(evaluate: Evaluate, key: Key, recipe: Recipe, budget: int, *, worker: str) -> Done:
-    """A trial: its outcome, or why there is none though it was tried again.
+    """Run a trial, twice if it fails; return its outcome, or why it failed.
 
     Raises:
-        UserError: something that every trial would meet.
+        UserError: for a problem that all trials share.
     """
     reason = ""
     for attempt in range(1, ATTEMPTS + 1):
@@ -230,13 +230,14 @@ def scored(evaluate: Evaluate, key: Key, recipe: Recipe, budget: int, *, worker:
         except UserError:
             raise
         except Exception as error:
-            # Whatever error a candidate causes in a library, the search continues; it stops if the first trials fail.
+            # A candidate may cause any error in a library: the search continues, and stops if all of the first trials
+            # fail.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Done(key=key, outcome=None, reason=reason[:_LONGEST], attempts=ATTEMPTS, worker=worker)
 
 
 class InProcess:
-    """One worker, this process: `submit` keeps a trial until `next`, which runs it."""
+    """One worker, this process: `submit` keeps a trial, and `next` runs it."""
 
     count = 1
 
@@ -267,7 +268,7 @@ class OnDask:
         self._open[self._client.submit(*work, pure=False)] = key
 
     def next(self) -> Done:
-        """Wait for one of them; of several that are finished, take the one that was submitted first.
+        """Wait for a finished trial; of several, take the one submitted first.
 
         Raises:
             UserError: there was no worker for a minute.
@@ -296,19 +297,19 @@ class OnDask:
         return done
 
     def cancel(self) -> None:
-        """Cancel what is running."""
+        """Cancel running trials."""
         self._client.cancel(list(self._open))
 
 
 Workers: TypeAlias = InProcess | OnDask
-"""They run at most `count` trials at once."""
+"""Workers that run at most `count` trials at once."""
 
 _OPENED: dict[str, Scorer] = {}
-"""The scorer of this worker process, by search: the last one's."""
+"""The scorer of this worker process, for its last search."""
 
 
 def _score_here(search: str, opener: Opener, key: Key, recipe: Recipe, budget: int) -> Done:
-    """Runs in a worker."""
+    """Score a trial in a worker process."""
     from distributed import get_worker
 
     worker = str(get_worker().name)
@@ -322,7 +323,7 @@ def _score_here(search: str, opener: Opener, key: Key, recipe: Recipe, budget: i
 
 @dataclass(frozen=True, kw_only=True)
 class OpenScorer:
-    """Opens the family in a worker's process. Paths are absolute: the worker may run in another folder."""
+    """Opens the family in a worker process. Paths are absolute, because the worker may run in another folder."""
 
     file: FamilyFile
     runtime: Runtime
@@ -332,11 +333,11 @@ class OpenScorer:
     plugins: tuple[str, ...] = ()
     # Whether models' own code may run.
     trust_remote_code: bool = False
-    # Whether worker N takes GPU N; those of another scheduler may have been given theirs already.
+    # Whether worker N takes GPU N; an external scheduler may have assigned GPUs already.
     numbered: bool = False
 
     def __call__(self, worker: str) -> Evaluator:
-        """A scorer, on a GPU of its own where there are several and workers are numbered."""
+        """A scorer, on its own GPU if there are several and workers are numbered."""
         for plugin in self.plugins:
             load_plugin(plugin)
         if self.trust_remote_code and not trusts():
@@ -352,7 +353,7 @@ class OpenScorer:
 def open_workers(
     opener: OpenScorer, evaluator: Evaluator, *, scheduler: str | None, count: int | None
 ) -> Iterator[Workers]:
-    """One worker is this process with its evaluator; else the evaluator is closed, for each worker opens another."""
+    """The only worker is this process; for several, close the evaluator, and let each worker open its own."""
     if scheduler is None and (count or 1) == 1:
         yield InProcess(evaluator.evaluate)
         return
@@ -366,7 +367,7 @@ def open_workers(
 
 @contextmanager
 def dask_workers(opener: Opener, *, scheduler: str | None, count: int | None) -> Iterator[OnDask]:
-    """Workers of an existing scheduler (`tcp://host:8786`), or `count` processes of our own on this machine."""
+    """Workers of an existing scheduler (`tcp://host:8786`), or `count` new processes on this machine."""
     with _own_workers(count or 1) if scheduler is None else _connected(scheduler) as client:
         if scheduler is not None:
             there = max(sum(client.nthreads().values()), 1)
@@ -386,13 +387,13 @@ def check_scheduler(scheduler: str) -> None:
 
 @contextmanager
 def _connected(scheduler: str) -> Iterator[Any]:
-    """A client of the scheduler at an address, which has workers."""
+    """A client of the scheduler at an address, once it has workers."""
     distributed = _distributed("--scheduler")
     try:
         client = distributed.Client(scheduler, timeout="20s")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--scheduler {scheduler} is no Dask scheduler that can be reached (such as tcp://host:8786): {error}.",
+            f"--scheduler {scheduler} is not a reachable Dask scheduler (such as tcp://host:8786): {error}.",
             "Start one with `dask scheduler`, and workers with `dask worker ADDRESS`.",
         ) from error
     with client:
@@ -408,19 +409,19 @@ def _connected(scheduler: str) -> Iterator[Any]:
 
 @contextmanager
 def _own_workers(count: int) -> Iterator[Any]:
-    """A client of `count` processes on this machine, each with its share of the cores that this one may use."""
+    """A client of `count` processes on this machine, each with its share of this process's cores."""
     distributed = _distributed("--workers")
     import dask
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {
-        # A task that kills this many workers fails.
+        # Workers that a task may kill before it fails.
         "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
         # Set before torch is loaded.
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(names, str(max(cores // count, 1))),
     }
-    # No memory limit of Dask's: the weights are mapped from files, and it would count them against a worker.
+    # No memory limit: Dask would count the weights mapped from files against it.
     cluster = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
     with (
         dask.config.set(settings),

@@ -1,9 +1,9 @@
-"""The search space: which candidates there are, how many, and what is near what.
+"""The search space: its candidates, their number, and their neighbours.
 
-Which layers are removed is a subset of the base's layers, never a sequence of indices; in a stack, which layers occur
-twice is one too. A kept layer whose follower is removed may be joined with it, or take the MLP of the last layer that
-is removed after it. Everything else about a layer is chosen from the menu. Where the space has groups (layer-wise
-fusion at full depth), the layers of a group share a choice.
+The removed layers are encoded as a subset of the base's layers, never as a sequence of indices; so are the layers that
+occur twice in a stack. A kept layer may be joined with a removed one after it, or take the MLP of the last layer
+removed after it. Everything else about a layer is chosen from the menu. In a space with groups (layer-wise fusion at
+full depth), the layers of a group share a choice.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 class Space:
     """All candidates of one search."""
 
-    # Layers of the base, and of the result. Fewer is a cut, as many fusion, more a stack.
+    # Layers of the base, and of the result: fewer in a cut, equally many in a fusion, more in a stack.
     depth: int
     target: int
     menu: Menu
-    # The first layer's shares in a join; none where layers are not joined.
+    # Possible shares of the first layer in a join; empty if layers are not joined.
     shares: tuple[float, ...] = ()
-    # Whether a kept layer may have the MLP of the last layer removed after it: what is between is dropped.
+    # Whether a kept layer may take the MLP of the last layer removed after it, which drops everything between.
     half_layers: bool = False
     # Output scales of kept layers, ascending, 1 among them.
     scales: tuple[float, ...] = (1.0,)
     # Whether attention and MLP of a layer may be blended differently.
     separate: bool = False
-    # In a fusion, the number of groups of adjacent layers; None for one a layer.
+    # In a fusion, the number of groups of adjacent layers; None for single layers.
     groups: int | None = None
-    # The attention type of each layer, where the family has several; only equal ones are joined.
+    # The attention type of each layer, if the family has several; only layers of one type are joined.
     layer_types: tuple[str, ...] | None = None
-    # Whether the base may consist of just some of its layers.
+    # Whether some of the base's layers make a valid model.
     possible: Callable[[Sequence[int]], bool] = field(default=lambda layers: True, compare=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Space:
 
     @property
     def kind(self) -> Literal["cut", "fusion", "stack"]:
-        """What becomes of the depth."""
+        """The kind of search, by the change of depth."""
         return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
 
     @cached_property
@@ -64,19 +64,19 @@ class Space:
         return tuple(index * self.depth // groups for index in range(groups))
 
     def layers_of(self, position: int) -> range:
-        """The layers of the base that a position stands for."""
+        """The layers of the base at a position."""
         at = self.starts.index(position)
         return range(position, self.starts[at + 1] if at + 1 < len(self.starts) else self.depth)
 
     @cached_property
     def log10_size(self) -> float:
-        """How many candidates there are, as a power of ten."""
+        """The number of candidates, as a power of ten."""
         keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
         if self.kind != "cut":
             layers = len(self.starts) if self.kind == "fusion" else self.target
             return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps)
         members = len(self.menu.singles) ** 2
-        # For each kept layer and each number of removed ones after it: how many choices there are from that layer on.
+        # For each kept layer and number of removed layers after it: the number of choices from that layer on.
         counts = {self.depth: [1] + [0] * self.changes}
         for layer in reversed(range(self.depth)):
             runs = range(min(self.changes, self.depth - 1 - layer) + 1)
@@ -88,7 +88,7 @@ class Space:
         return math.log10(sum(counts[first][self.changes - first] for first in range(self.changes + 1)))
 
     def joins(self, layer: int, positions: Sequence[int]) -> tuple[float | None, ...]:
-        """The shares by which a layer may be joined with those removed after it: those before the next position."""
+        """The shares at which a layer may be joined with the removed layers after it, before the next position."""
         removed = self.removed_after(layer, positions)
         if self.kind != "cut" or not removed:
             return ()
@@ -96,7 +96,7 @@ class Space:
         return (*(self.shares if self._alike(layer, layer + 1) else ()), *halves)
 
     def removed_after(self, layer: int, positions: Sequence[int]) -> int:
-        """How many layers there are between one and the next of these positions."""
+        """The number of layers between a layer and the next of these positions."""
         return min((other for other in positions if other > layer), default=self.depth) - layer - 1
 
     def _alike(self, first: int, second: int) -> bool:
@@ -110,20 +110,20 @@ class Space:
 
     @property
     def changes(self) -> int:
-        """How many layers are removed, or occur twice."""
+        """The number of layers that are removed, or occur twice."""
         return abs(self.depth - self.target)
 
     def positions(self, changed: Sequence[int]) -> tuple[int, ...]:
-        """The positions of a candidate that removes these layers, or has them twice."""
+        """The positions of a candidate without these layers, or with these twice."""
         if self.kind == "stack":
             return tuple(layer for layer in range(self.depth) for _ in range(2 if layer in changed else 1))
         return tuple(layer for layer in self.starts if layer not in changed)
 
     def removable(self, wanted: Sequence[int]) -> Sequence[int]:
-        """The layers to remove; where the base cannot do without them, those nearest to them without which it can.
+        """The layers to remove; if the base requires some of them, the nearest possible ones instead.
 
         Raises:
-            UserError: it cannot do without that many.
+            UserError: no such number of layers can be removed.
         """
         whole, found = range(self.depth), list[int]()
         if self.kind != "cut" or self.possible([layer for layer in whole if layer not in wanted]):
@@ -147,7 +147,7 @@ class Space:
     def arrange(self, changed: Sequence[int], choices: Mapping[Slot, Choice]) -> Candidate:
         """A candidate from the removed (or doubled) layers and choices by slot.
 
-        A position without a choice is the base's layer; a join that is not possible there is its first layer, whole.
+        A position without a choice is the base's layer; an impossible join becomes its first layer, whole.
         """
         positions = self.positions(self.removable(changed))
         base = single(self.menu.members[0])
@@ -162,7 +162,7 @@ class Space:
         return Candidate(positions=positions, choices=tuple(found))
 
     def has(self, candidate: Candidate) -> bool:
-        """Whether a candidate belongs to the space, in the one form that it has there."""
+        """Whether a candidate belongs to the space, in its canonical form."""
         changed = self.changed(candidate.positions)
         if len(changed) != self.changes or candidate.positions != self.positions(changed):
             return False
@@ -177,7 +177,7 @@ class Space:
         return apart and choice.scale in self.scales and all(self.menu.has(blend) for blend in blends)
 
     def random(self, rng: Random) -> Candidate:
-        """Layers drawn evenly; each is kept or, where that is possible, joined with equal chance."""
+        """Draw layers uniformly; each is kept or, if possible, joined with equal chance."""
         changed = rng.sample(range(self.depth), self.changes)
         positions = self.positions(changed)
         choices: dict[Slot, Choice] = {}
@@ -192,16 +192,16 @@ class Space:
         return self.arrange(changed, choices)
 
     def random_middle(self, rng: Random) -> Candidate:
-        """The base without layers drawn from its middle: neither the first tenth nor the last, as far as possible.
+        """The base without random layers of its middle: avoid the first and last tenth, as far as possible.
 
-        In a stack the doubled layers are drawn so; a fusion starts from the base.
+        A stack draws the doubled layers like this; a fusion starts from the base.
         """
         spare = max(min(self.depth // 10, (self.depth - self.changes) // 2), 0)
         return self.plain(rng.sample(range(spare, self.depth - spare), self.changes))
 
 
 _STEP, _FINE = 0.1, 0.05
-_POINTS = 10  # of the range of an operator's own option
+_POINTS = 10  # in the range of an operator's own option
 
 
 def grid(ends: Range, step: float) -> tuple[float, ...]:
@@ -213,10 +213,10 @@ def grid(ends: Range, step: float) -> tuple[float, ...]:
 
 
 def target_layers(file: FamilyFile, architecture: Architecture, parameters: int | None = None) -> int:
-    """The depth that is asked for; for a sparsity the greatest that removes at least that share of the parameters.
+    """The target depth; for a sparsity, the greatest depth that removes at least that share of the parameters.
 
     Args:
-        parameters: of the base; None where only its config is known, which says it but for the last norm.
+        parameters: of the base; None if only its config is known, which gives all but those of the last norm.
     """
     if file.target.layers is not None:
         return file.target.layers
@@ -231,7 +231,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
     """The space that a family.yaml describes, for a base of this architecture.
 
     Raises:
-        UserError: its target cannot be reached by its operations, or an operation finds nothing to work on.
+        UserError: its operations cannot reach the target, or an operation has nothing to work on.
     """
     from intarsia.inspection.structure import Possible  # which imports torch
 
@@ -267,7 +267,7 @@ def space_of(file: FamilyFile, architecture: Architecture, parameters: int | Non
 
 
 def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]]:
-    """What may be chosen for an operator: in the ranges of the family file, or else in its own."""
+    """The grids of an operator's parameters: in the ranges of the family file, or else in its own."""
     kind, found = METHODS[method], dict[str, tuple[float, ...]]()
     for name, own in kind.search.items():
         asked = {"lambda": file.merge.scale, "density": file.merge.density}.get(name)
@@ -282,7 +282,7 @@ def _grids(method: MergeMethod, file: FamilyFile) -> dict[str, tuple[float, ...]
 
 
 def _misfits(file: FamilyFile, architecture: Architecture, target: int) -> Iterator[tuple[str, str]]:
-    """What does not fit together, and a hint."""
+    """Each contradiction in the family file, and a hint."""
     depth = architecture.n_layers
     inner = [name for name in file.operations if name not in ("remove", "select")]
     inner += ["output_scale"] * (file.output_scale != (1.0, 1.0))

@@ -1,12 +1,12 @@
-"""The layers of a family in memory, each tensor once, and what trials share of their work.
+"""The layers of a family in memory, each tensor once, and the work that trials share.
 
-The base is loaded as a model. A layer that a recipe takes whole from a full checkpoint is a module on tensors that are
-mapped from its file; one of an adapter shares with the base what the adapter leaves alone. Merged layers, and layers of
-an adapter, are made when they are first needed and stay in a cache with a bound in bytes.
+The base is loaded as a model. A whole layer of a full checkpoint is a module on tensors mapped from its file; a layer
+of an adapter shares the tensors that the adapter does not change with the base. Merged layers, and layers of an
+adapter, are made when they are first needed and stay in a cache of limited size.
 
-A layer's tensors are those of the built folder as it would be loaded: made from the files' tensors, rounded to the
-files' dtype, and then in the dtype that the model runs in. Hidden states after shared first layers are kept too, in a
-cache that evicts the least recently used.
+A layer's tensors equal those of the built and loaded folder: made from the files' tensors, rounded to the files' dtype,
+then cast to the dtype of the run. Hidden states after shared first layers are kept too, in a cache that evicts the
+least recently used.
 
 Shapes: B sequences, T tokens, D residual width, N positions, V vocabulary.
 """
@@ -38,11 +38,11 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 Fitted = Mapping[str, npt.NDArray[np.float32]]
 
-_PATHS = 4  # whose states fit at least
+_PATHS = 4  # paths whose states must fit
 
 
 class TrialFailed(Exception):
-    """A candidate that could not be scored: NaN, or not enough memory. Never to be taken for a bad score."""
+    """A candidate that could not be scored: NaN, or not enough memory. It is not a bad score."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -50,7 +50,7 @@ class TrialFailed(Exception):
 
 
 class ByteCache(Generic[K, V]):
-    """Values by key, `limit` bytes of them at most; the least recently used go first."""
+    """Values by key, at most `limit` bytes; the least recently used are evicted first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -58,7 +58,7 @@ class ByteCache(Generic[K, V]):
         self._held: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def get(self, key: K) -> V | None:
-        """The value, which now counts as used; None if it is not there."""
+        """The value, now the most recently used; None if there is none."""
         found = self._held.get(key)
         if found is None:
             return None
@@ -66,7 +66,7 @@ class ByteCache(Generic[K, V]):
         return found[0]
 
     def put(self, key: K, value: V, nbytes: int) -> None:
-        """Hold a value in place of the oldest ones. One that is larger than the whole cache is not held."""
+        """Store a value, and evict the oldest ones; one larger than the whole cache is not stored."""
         if key in self._held:
             self.nbytes -= self._held.pop(key)[1]
         if nbytes > self.limit:
@@ -83,7 +83,7 @@ class ByteCache(Generic[K, V]):
 
 
 def layer_key(op: Op, fitted: Fitted | None = None) -> str:
-    """The same for two layers of the same tensors, run with the same arguments, within one family."""
+    """A key that is the same for layers with equal tensors and arguments, within one family."""
     digest = hashlib.sha256(f"{type(op).__name__} {json.dumps(asdict(op), sort_keys=True)}".encode())
     for name, array in sorted((fitted or {}).items()):
         digest.update(f"{name} {array.shape}".encode())
@@ -92,7 +92,7 @@ def layer_key(op: Op, fitted: Fitted | None = None) -> str:
 
 
 def path_of(recipe: Recipe) -> tuple[str, ...]:
-    """A key after every layer of a recipe: the same for two recipes that are the same up to there."""
+    """A key after every layer of a recipe, the same for recipes that are equal up to there."""
     found: list[str] = []
     for index, op in enumerate(recipe.layers):
         before = found[-1] if found else ""
@@ -101,10 +101,10 @@ def path_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 class FamilyModel(LoadedModel):
-    """A family's base as a model, and layer modules for any op over the family; `made` counts those that were made."""
+    """A family's base as a model, and layer modules for any op over the family; `made` counts the modules made."""
 
     def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype | None, memory_bytes: int) -> None:
-        """Load the base, with so much memory for modules that are made."""
+        """Load the base, and limit the memory for made modules."""
         self.base, *others = family.names
         checkpoints = family.checkpoints()
         beside = {name: checkpoints[name] for name in others}
@@ -125,11 +125,11 @@ class FamilyModel(LoadedModel):
         return module
 
     def clear(self) -> None:
-        """Drop the modules that were made."""
+        """Drop all made modules."""
         self._modules.clear()
 
     def _new(self, op: Op, fitted: Fitted) -> tuple[nn.Module, int]:
-        """A new module, and the bytes that it does not share with the base."""
+        """A new module, and its bytes that are not shared with the base."""
         parameters = self._made(op, fitted)
         original = self.layers[op.sources[0].layer]
         module, own = twin(original), 0
@@ -154,7 +154,7 @@ class FamilyModel(LoadedModel):
 
 
 class Prefixes:
-    """Hidden states after the first layers of recipes, by path and batch, `limit` bytes of them at most."""
+    """Hidden states after the first layers of recipes, by path and batch, at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.states: ByteCache[tuple[str, Hashable], Tensor] = ByteCache(limit)
@@ -162,14 +162,14 @@ class Prefixes:
         self._stride = 1
 
     def start(self, path: Sequence[str], depth_bytes: int) -> None:
-        """Start on a path; `depth_bytes` are those of the hidden states of all batches after one layer."""
+        """Start a path; `depth_bytes` is the size of all batches' hidden states after one layer."""
         self._path = tuple(path)
         self._stride = max(1, -(-len(path) * depth_bytes * _PATHS // max(self.states.limit, 1)))
 
     def deepest(self, batch: Hashable) -> tuple[int, Tensor | None]:
-        """After how many layers of the path a batch's state is known, and that state; 0 and None if after none."""
+        """The deepest known state of a batch on the path, with its number of layers; 0 and None if there is none."""
         found: tuple[int, Tensor | None] = (0, None)
-        # All of them count as used, the first layers last: they are what others will most likely share.
+        # Mark all of them as used, the first layers last, because other paths share these most likely.
         for depth in range(len(self._path), 0, -1):
             h_BTD = self.states.get((self._path[depth - 1], batch))
             if h_BTD is not None and found[1] is None:
@@ -177,8 +177,8 @@ class Prefixes:
         return found
 
     def keeps(self, depth: int) -> bool:
-        """Whether states after this many layers are kept: of a long path every n-th, so that several paths fit."""
-        # The state after the last layer is of no use to others: whoever shares it is the same recipe.
+        """Whether to keep states after this many layers: every n-th of a long path, so that several paths fit."""
+        # Nobody can share the state after the last layer: that would be the same recipe.
         return depth % self._stride == 0 and depth < len(self._path)
 
     def keep(self, depth: int, batch: Hashable, h_BTD: Tensor) -> None:
@@ -187,7 +187,7 @@ class Prefixes:
 
 
 class Runner:
-    """Runs recipes on batches, one recipe after the other; `work` counts layer-forwards times tokens."""
+    """Runs recipes on batches, one recipe at a time; `work` counts layer-forwards times tokens."""
 
     def __init__(self, model: FamilyModel, *, prefix_bytes: int, entry_bytes: int) -> None:
         self.model = model
@@ -197,10 +197,10 @@ class Runner:
         self._entries: ByteCache[Hashable, Entry] = ByteCache(entry_bytes)
 
     def logits(self, recipe: Recipe, batches: Sequence[tuple[Hashable, Rows]], *, tokens: int) -> Iterator[Tensor]:
-        """The `[N, V]` logits that each batch's rows want; on a CPU several batches are run side by side.
+        """The requested logits `[N, V]` of each batch; on a CPU several batches run side by side.
 
         Args:
-            batches: each with what identifies it.
+            batches: each with its key.
             tokens: of all batches of the recipe, with padding.
         """
         model = self.model
@@ -209,7 +209,7 @@ class Runner:
         sources = [op.sources[0].layer for op in recipe.layers]
 
         def prepare(batch: tuple[Hashable, Rows]) -> tuple[tuple[Hashable, Rows], Entry, int, Tensor]:
-            """The batch, and the state that it is run from."""
+            """The batch, and the state that it starts from."""
             entry = self._entry(*batch)
             depth, known = self.prefixes.deepest(batch[0])
             for index in range(depth, len(recipe.layers)):
@@ -232,7 +232,7 @@ class Runner:
                 self.prefixes.keep(depth, name, state_BTD)
             self.work += (len(sources) - first) * rows.ids_BT.numel()
             h_N1D = h_BTD[rows.row_N.to(model.device), rows.column_N.to(model.device)][:, None]
-            # Norm and head look at one position at a time, so that each wanted position may be a row of its own.
+            # Norm and head work on single positions, so that each requested position can be a row of its own.
             ids_N1 = torch.zeros(h_N1D.shape[:2], dtype=torch.int64, device=model.device)
             yield self.stream.logits(h_N1D, ids_N1, None)[:, 0]
 
@@ -243,7 +243,7 @@ class Runner:
         self.model.clear()
 
     def _entry(self, batch: Hashable, rows: Rows) -> Entry:
-        """What the model makes of rows before its first layer."""
+        """The input of the first layer for some rows."""
         entry = self._entries.get(batch)
         if entry is None:
             entry = self.stream.enter_with(inputs_of(self.model.model, rows))
@@ -253,7 +253,7 @@ class Runner:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in arguments of layers."""
+    """Every tensor in the arguments of layers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

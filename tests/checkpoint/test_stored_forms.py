@@ -132,12 +132,12 @@ def refused(model: str, match: str) -> None:
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes weights.*dequantize\(\)"),
         ({"load_in_8bit": True}, "bitsandbytes weights"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq weights. Use the model that it was made from"),
-        ({"quant_method": "awq"}, "awq weights. Use the model that it was made from"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights. Use the original model"),
+        ({"quant_method": "awq"}, "awq weights. Use the original model"),
         ({"quant_method": "mxfp4"}, r"mxfp4 weights.*Mxfp4Config\(dequantize=True\)"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-            "compressed-tensors weights. Use the model",
+            "compressed-tensors weights. Use the original model",
         ),
     ],
 )
@@ -292,5 +292,5 @@ def test_layouts_and_text_models_that_are_not_known(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     renamed = {name.replace("language_model.model.", "thoughts."): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / "model.safetensors")
-    with pytest.raises(UserError, match="the text model inside the multimodal one is not found"):
+    with pytest.raises(UserError, match="no text model found in the multimodal one"):
         opened(folder)

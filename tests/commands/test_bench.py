@@ -115,7 +115,7 @@ def test_the_row_of_a_draft_in_a_report(shallow: str, tmp_path: Path) -> None:
         "<h3>With a draft</h3>" in page and "<td>shallow</td>" in page and f"{draft['assisted_per_s']:.4g}"[:4] in page
     )
     (tmp_path / "bench.json").write_text('{"rows": [{}], "repeats": 1, "draft": null}')
-    with pytest.raises(UserError, match=r"bench\.json: expected what `bench --json` printed"):
+    with pytest.raises(UserError, match=r"bench\.json: expected output of `bench --json`"):
         intarsia.report(tmp_path / "bench.json", out=tmp_path / "other.html")
 
 

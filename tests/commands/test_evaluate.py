@@ -121,7 +121,7 @@ def test_help_names_both() -> None:
         (["--tasks", "QUIZ#0.9:0.1"], "a share START:END"),
         (["--tasks", "QUIZ", "--against", "./nowhere"], "nowhere"),
         (["--tasks", "QUIZ", "--dtype", "int3"], "int3"),
-        (["--tasks", "QUIZ", "--stream"], "--stream is for perplexity"),
+        (["--tasks", "QUIZ", "--stream"], "--stream is given, and this needs the whole model"),
     ],
 )
 def test_mistakes_end_before_any_work(model_folder: Folder, quiz: str, words: list[str], printed: str) -> None:

@@ -45,7 +45,7 @@ def test_a_run_knows_its_text_by_its_tokens(model_folder: Folder, text_file: Pat
         assert calibration_of(run, job("self")) == "self"
         with pytest.raises(UserError, match="started with sha256"):
             pin_text(run, job(other))
-    with pytest.raises(UserError, match="read anew for every token"):
+    with pytest.raises(UserError, match="read all layers for every token"):
         _ = job("self", stream=True).text
 
 

@@ -99,11 +99,11 @@ def test_agreement_of_streamed_models(model_folder: Folder, sizes: Sizes, text_f
     with pytest.raises(UserError, match="--tasks or --speed is given with --stream"):
         compare(model, measured, entrants, replace(evaluation, speed=True), text=text, runtime=runtime)
     page = (measured / "report.html").read_text(encoding="utf-8")
-    assert "<h3>Answers</h3>" in page and "end in repeating themselves" not in page
+    assert "<h3>Answers</h3>" in page and "answers that end in a loop" not in page
 
 
 def test_a_plan_that_was_killed_leaves_no_spilled_files(model_folder: Folder, sizes: Sizes, tmp_path: Path) -> None:
-    """And may go on without --stream, with the same recipes."""
+    """It may resume without --stream, with the same recipes."""
     model, run = str(model_folder("llama")), tmp_path / "run"
     verbs.plan(model, run, layers=5, stream=True, memory="1", **sizes)
     killed = run / "scratch" / "intarsia-hidden-killed"

@@ -262,7 +262,7 @@ def test_the_last_layer_of_a_kind_stays(folder_of: Any, text_file: Path, tmp_pat
 
 
 def test_a_recipe_may_leave_no_layer_of_a_kind(folder_of: Any, tmp_path: Path) -> None:
-    """Asked for in so many words, it is done and said."""
+    """With an explicit option it is done, and logged."""
     folder = folder_of("lfm2")
     kinds = Checkpoint.open(folder, model="m").architecture.layer_types
     assert kinds is not None

@@ -97,7 +97,7 @@ def test_wrong_input_is_refused_before_any_work(compressed: Path, tmp_path: Path
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         intarsia.report(run, out=tmp_path / "folder", overwrite=True)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         intarsia.report(run, out=tmp_path / "no" / "r.html")
     with pytest.raises(UserError, match="no run to report on"):
         intarsia.report(out=tmp_path / "r.html")

@@ -165,7 +165,7 @@ def test_an_unfinished_plan_is_reported_as_such(
         with pytest.raises(KeyboardInterrupt):
             verbs.plan(model, run, layers=3, **sizes)
     facts = intarsia.inspect(str(run)).facts
-    assert (facts["target"], facts["not_finished"]) == (3, "it has come to 5 layers on the way down to 3")
+    assert (facts["target"], facts["not_finished"]) == (3, "it has reached 5 layers on the way down to 3")
     with pytest.raises(UserError, match="--layers") as caught:
         intarsia.build(run, tmp_path / "out")
     assert caught.value.problems[0].hint.endswith("with --layers: 5.")

@@ -215,7 +215,7 @@ def test_more_trials(family: Path, tmp_path: Path) -> None:
     assert again.trials == 7
     assert trials_of(run)[:4] == before
     assert tailor(run, result=False).trials == 7
-    # Asked for, but stopped before: the same call goes on to the same end.
+    # Stopped before the wanted number of trials: the same call continues to the same end.
     TailorRun(run).want(9)
     assert tailor(run, more_trials=2, result=False).trials == 9
 
@@ -396,7 +396,7 @@ def test_what_is_refused_before_anything_is_written(
 def test_a_folder_of_something_else(family: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="exists and is no run folder"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         tailor(family, tmp_path / "run")
 
 
@@ -425,7 +425,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         killed.setattr(command, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):
             tailor(path, run)
-    # The front is kept as it was fitted.
+    # The front keeps its fits.
     folder = TailorRun(run)
     front, trials = folder.front, list(folder.trials)
     assert front is not None

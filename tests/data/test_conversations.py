@@ -128,14 +128,12 @@ def test_without_a_template_speakers_are_named_and_it_is_said(tmp_path: Path) ->
     with reporting_to(Said()):
         corpus = tokenize(documents(spec), tokenizer, tokens=48, seq_len=48, shuffle=False, description="talks")
     assert tokenizer.decode(corpus.input_ids[0]).startswith("User: Hi\n\nAssistant: Yes</s>User: Hi\n\n")
-    assert said == [
-        "talks: conversations (column messages), written with names of the speakers: the model has no chat template"
-    ]
+    assert said == ["talks: conversations (column messages), formatted with speakers' names, without a chat template"]
     with reporting_to(Said()):
         tokenize(
             documents(spec), families.make_tokenizer(chat=True), tokens=48, seq_len=48, shuffle=False, description="b"
         )
-    assert said[1:] == ["b: conversations (column messages), written with the model's chat template"]
+    assert said[1:] == ["b: conversations (column messages), formatted with the model's chat template"]
 
 
 def test_sequences_begin_with_a_conversation_and_nothing_is_put_between() -> None:
@@ -169,7 +167,7 @@ def test_which_tokens_are_the_assistants() -> None:
 
 
 def test_what_a_model_wrote_can_be_read_again(tmp_path: Path) -> None:
-    """Self-written conversations as messages, and these as the same tokens; their last turn is cut as it was."""
+    """Self-written conversations as messages, and these as the same tokens, with the last turn truncated as before."""
     model, tokenizer = families.make_model("llama"), families.make_tokenizer(chat=True)
     corpus = self_corpus(
         model, tokenizer, n=3, seq_len=64, seed=0, sampling=Sampling(longest_question=7, longest_answer=9)

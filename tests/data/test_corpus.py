@@ -18,7 +18,7 @@ def test_take_split_and_batches() -> None:
     assert first.sha256 == corpus.take(3).sha256 != rest.sha256
     assert [len(ids) for ids, _ in corpus.batches(2)] == [2, 2, 1]
     assert len(corpus.split(0.001)[0]) == 1 and len(corpus.split(0.999)[1]) == 1
-    with pytest.raises(UserError, match="held out"):
+    with pytest.raises(UserError, match="to hold some out"):
         corpus.take(1).split(0.5)
 
 

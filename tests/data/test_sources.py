@@ -121,11 +121,11 @@ def test_running_text_without_line_ends_is_cut_between_characters(tmp_path: Path
         ("a.jsonl", b"PAR1rest", "a Parquet file.*the suffix .parquet"),
         ("a.txt", "roti".encode("utf-16-le"), "UTF-16 without a byte-order mark.*iconv -f UTF-16LE"),
         ("a.jsonl", '{"text": "roti"}'.encode("utf-16-be"), "UTF-16 without a byte-order mark.*iconv -f UTF-16BE"),
-        ("a.txt", "roti".encode("utf-16")[:-1], "text in utf-16, as its byte-order mark says"),
+        ("a.txt", "roti".encode("utf-16")[:-1], "text in utf-16, by its byte-order mark"),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40],
-            "a whole compressed file.*Get this file again",
+            "a complete compressed file.*Download this file again",
         ),
         ("a.jsonl.gz", gzip.compress(b"roti", mtime=0), "a.jsonl.gz:1: expected a JSON object"),
         ("a.json", '[{"text": "a"}', "a JSON array of records, or JSON lines"),
@@ -143,7 +143,7 @@ def test_bad_files(tmp_path: Path, name: str, data: str | bytes, message: str) -
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere.txt", "an existing file; found nothing there"),
+        ("nowhere.txt", "an existing file; found none"),
         ("folder.txt", "a folder with text files; found none"),
         ("a.txt#0.5", "a share START:END"),
         ("a.txt#0.9:0.1", "a share START:END"),
@@ -248,7 +248,7 @@ def test_a_local_folder_through_datasets(hub_folder: str) -> None:
     [
         ("train:text", "a column 'text'; found the columns body, n"),
         ("train:n", "text in column 'n'; found a int"),
-        ("dev:body", "a data set that can be read; found ValueError.*or pass a local text file"),
+        ("dev:body", "a readable data set; found ValueError.*or give a local text file"),
     ],
 )
 def test_a_local_folder_that_does_not_fit(hub_folder: str, tail: str, message: str) -> None:
@@ -272,6 +272,6 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        UserError, match=r"hub:org/name:train:text: expected a data set.*pass a local text file, or `self`"
+        UserError, match=r"hub:org/name:train:text: expected a readable data set.*give a local text file, or `self`"
     ):
         list(documents("hub:org/name:train:text"))

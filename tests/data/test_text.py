@@ -90,7 +90,7 @@ def test_sources_that_cannot_be(two_files: tuple[Path, Path]) -> None:
         _draw(f"{two_files[0]},", n=2)
     with pytest.raises(UserError, match="twice"):
         _draw(two_files[0], two_files[0], n=4)
-    with pytest.raises(UserError, match="no model that writes"):
+    with pytest.raises(UserError, match="no model to write it"):
         _draw("self", n=2)
 
 

@@ -155,9 +155,9 @@ def test_prompts_of_files(tmp_path: Path) -> None:
     assert read("c.jsonl", messages) == ["<|user|>u</s><|assistant|>a</s><|user|>u</s><|assistant|>"]
     tokenizer.chat_template = None
     assert read("a.txt", "one\ntwo\n") == ["one", "two"]
-    with pytest.raises(UserError, match=r"Prompt 2 of .*a\.txt has \d+ tokens and an answer up to 5.*60 positions"):
+    with pytest.raises(UserError, match=r"Prompt 2 of .*a\.txt has \d+ tokens, and its answer up to 5.*60 positions"):
         read("a.txt", f"one\n{'two ' * 60}\n")
-    with pytest.raises(UserError, match="no message is the user's"):
+    with pytest.raises(UserError, match="there is no user message"):
         read("d.jsonl", json.dumps({"messages": talk[1:2]}) + "\n")
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"^Prompt 1 of .*a\.txt: the model's chat template refuses .* \(no\)\."):
@@ -184,7 +184,7 @@ def test_answers_that_are_given(tmp_path: Path) -> None:
     assert read({"messages": talk}, {"messages": talk[:3]}) == ["d</s>", "b</s>"]
     assert read({"prompt": "one", "response": "ab"}, chat=False) == [" ab"]
     for rows in ([{"messages": talk}, {"messages": talk[:1]}], [{"text": "a"}]):
-        message = rf"^Prompt {len(rows)} of .* has no answer, and a streamed model does not write one\."
+        message = rf"^Prompt {len(rows)} of .* has no answer, and streamed models do not generate\."
         with pytest.raises(UserError, match=message):
             read(*rows)
 

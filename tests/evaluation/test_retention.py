@@ -104,9 +104,9 @@ def test_other_items_and_other_tasks_are_refused() -> None:
         retention([one], [two], against="big")
     with pytest.raises(UserError, match="on the tasks quiz, the other on test"):
         retention([one], [score([1, 0], name="test")], against="big")
-    with pytest.raises(UserError, match="is scored on the tasks"):
+    with pytest.raises(UserError, match="was scored on the tasks"):
         retention([], [], against="big")
-    with pytest.raises(UserError, match="no mean over items"):
+    with pytest.raises(UserError, match="not a mean over items"):
         retention([one], [replace(one, outcomes={})], against="big")
 
 

@@ -81,7 +81,7 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
         ":11",
     ]
     said = {place: message for place, _, message in found}
-    assert said[":2"] == "gold is 2, and there are 2 choices."
+    assert said[":2"] == "gold is 2, but there are 2 choices."
     assert said[":7, query"] == "text is blank."
     assert said[":8, query"] == "Field required."
     assert "JSON" in said[":11"]

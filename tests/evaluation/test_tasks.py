@@ -233,7 +233,7 @@ def test_fewshot_prompts_change_the_items(tmp_path: Path) -> None:
     assert two.num_fewshot == 2
     with pytest.raises(UserError, match="the same items"):
         retention(none.scores, two.scores, against="tiny")
-    with pytest.raises(UserError, match="name a task of lm-eval"):
+    with pytest.raises(UserError, match="give a task of lm-eval"):
         plan_tasks([str(file)], num_fewshot=2)
 
 
@@ -436,7 +436,7 @@ def test_data_sets_that_cannot_be_had(tmp_path: Path) -> None:
     write_task(tmp_path, "quiz", some_questions(3)).unlink()
     with pytest.raises(UserError, match=r"The data set of the task quiz cannot be read \(.*Error: "):
         load_tasks(["quiz"], include_path=tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         load_tasks(["quiz"], include_path=tmp_path / "none")
 
 
@@ -450,7 +450,7 @@ def test_plans_are_checked_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         plan_tasks(["piqa", " "], limit=0, num_fewshot=-1)
     assert [problem.message.split()[0] for problem in raised.value.problems] == ["--tasks", "--limit", "--num-fewshot"]
-    with pytest.raises(UserError, match="names no task"):
+    with pytest.raises(UserError, match="--tasks is empty"):
         plan_tasks([])
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -496,11 +496,11 @@ def test_answers_that_are_written(tmp_path: Path, chat: bool) -> None:
     assert score.outcomes["exact_match"] == (1.0, 0.0)
     kept = retention([score], [score], against="tiny").mean
     assert kept.accuracy is not None and (kept.accuracy.value, kept.above_chance) == (1.0, None)
-    with pytest.raises(UserError, match=r"--num-fewshot is 4, and .* has 4 items"):
+    with pytest.raises(UserError, match=r"--num-fewshot is 4, but .* has 4 items"):
         plan_tasks([str(file)], num_fewshot=4)
     tokenizer.chat_template = None
     if chat:
-        with pytest.raises(UserError, match="--chat-template is given, and tiny has no chat template"):
+        with pytest.raises(UserError, match="--chat-template is given, but tiny has no chat template"):
             score_tasks(plan, model, tokenizer, name="tiny")
     file.write_text('{"query": "a", "answer": " "}\n')
     with pytest.raises(UserError, match=r"quiz\.jsonl:1, answer: text is blank"):

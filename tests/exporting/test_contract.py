@@ -146,7 +146,7 @@ def test_depth_that_is_not_the_weights(folder: Path) -> None:
     more = {} if types is None else {"layer_types": [*types, types[-1]]}
     set_config(folder, num_hidden_layers=families.DEPTH, **more)
     found = failed(folder, load=True)
-    assert "num_hidden_layers is 6 in the config, and the files hold 5 layers" in found["tensors"]
+    assert "num_hidden_layers is 6 in the config, but the files hold 5 layers" in found["tensors"]
     assert "missing: model.layers.5.input_layernorm.weight" in found["loads"]
 
 
@@ -169,7 +169,7 @@ def test_index(folder: Path) -> None:
     file.write_text(before)
     shutil.copyfile(folder / index["weight_map"]["model.norm.weight"], folder / "stray.safetensors")
     resum(folder)
-    expected = "expected only files that model.safetensors.index.json names; found stray.safetensors"
+    expected = "expected only files in model.safetensors.index.json; found stray.safetensors"
     assert failed(folder) == {"index and shards": f"{folder}: {expected}"}
 
 
@@ -187,7 +187,7 @@ def test_dtype(folder: Path) -> None:
     assert "dtype" not in failed(folder)  # transformers loads all of them in the config's
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    assert "dtype: expected float32, as the embedding has; found float16" in failed(folder)["dtype"]
+    assert "dtype: expected float32, the embedding's; found float16" in failed(folder)["dtype"]
 
 
 def test_nan(folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_sums(folder: Path) -> None:
     (folder / "generation_config.json").write_text(text + "\n")
     assert "generation_config.json has sha256" in failed(folder)["sha256"]
     (folder / "generation_config.json").unlink()
-    assert "is not there" in failed(folder)["sha256"]
+    assert "is missing" in failed(folder)["sha256"]
     (folder / "generation_config.json").write_text(text)
     (folder / SUMS_FILE).write_text("0" * 64 + "  ../elsewhere\n")
     assert "line 1: " in failed(folder)["sha256"]
@@ -244,7 +244,7 @@ def test_tokenizer_that_is_no_tokenizer(model_folder: Folder, tmp_path: Path) ->
     source = Path(shutil.copytree(model_folder("qwen2"), tmp_path / "model"))
     (source / "tokenizer.json").write_text("{}")
     out = built(source, tmp_path / "out")
-    assert "expected a tokenizer that transformers reads" in failed(out)["tokenizer"]
+    assert "expected a tokenizer that transformers can read" in failed(out)["tokenizer"]
 
 
 def test_generation_config(folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_tensors_that_no_parameter_takes(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     resum(folder)
     assert failed(folder, load=True) == {
-        "loads": f"{folder}: expected just the tensors of the model; found unexpected: model.extra.weight"
+        "loads": f"{folder}: expected exactly the tensors of the model; found unexpected: model.extra.weight"
     }
 
 
@@ -282,11 +282,11 @@ def test_cache_that_changes_what_is_written(folder: Path, monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", forgetful)
-    assert "expected the tokens written without a cache" in failed(folder, load=True)["generates"]
+    assert "expected the tokens generated without a cache" in failed(folder, load=True)["generates"]
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         verify(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.json: expected a file with one JSON object"):
         verify(tmp_path)

@@ -120,7 +120,7 @@ def test_llama_3_frequencies(tmp_path: Path) -> None:
     torch.testing.assert_close(
         plain / torch.from_numpy(found), model.model.rotary_emb.inv_freq.double(), rtol=1e-5, atol=0
     )
-    # Transformers does not read these; the model that comes out of the file here has them all the same.
+    # transformers does not read these, but the model from the file has them.
     again = open_checkpoint(str(file))
     assert again.config["rope_parameters"] == pytest.approx(rope)
     assert all(torch.equal(again.tensor(name), value) for name, value in model.state_dict().items())
@@ -142,8 +142,8 @@ def refused(family: str, folder: Path, match: str, kind: str = "F16", **changes:
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    refused("opt", tmp_path / "1", "type opt are not exported to GGUF, only llama, mistral, qwen2, qwen3")
-    refused("llama", tmp_path / "2", "no place for the activation gelu", hidden_act="gelu")
+    refused("opt", tmp_path / "1", "type opt cannot be exported to GGUF, only llama, mistral, qwen2, qwen3")
+    refused("llama", tmp_path / "2", "do not support the activation gelu", hidden_act="gelu")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     refused("llama", tmp_path / "3", "rotary embedding of type dynamic", rope_parameters=rope)
     refused("llama", tmp_path / "4", "--gguf is 'Q4_K'. Choose one of F16, Q8_0, F32, BF16", kind="Q4_K")

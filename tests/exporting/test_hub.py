@@ -120,7 +120,7 @@ def test_nobody_logged_in_is_an_error_before_the_work(hub: Hub, recipe_file: Pat
     command = ["build", str(recipe_file), "-o", str(tmp_path / "out"), "--push-to-hub", "small"]
     done = invoke(*command)
     assert done.exit_code == 2
-    assert "nobody is logged in" in done.stderr and "hf auth login" in done.stderr
+    assert "you are not logged in" in done.stderr and "hf auth login" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -160,13 +160,13 @@ def http(status: int) -> Exception:
 @pytest.mark.parametrize(
     ("call", "refusal", "match"),
     [
-        ("whoami", http(401), "nobody is logged in. Run `hf auth login`.*Nothing was sent"),
+        ("whoami", http(401), "you are not logged in. Run `hf auth login`.*Nothing was uploaded"),
         (
             "create_repo",
             http(403),
             "this account may not write there.*is complete; try again with `intarsia push",
         ),
-        ("upload_folder", ConnectionError("no route\nmore"), "ConnectionError: no route. Look at the network"),
+        ("upload_folder", ConnectionError("no route\nmore"), "ConnectionError: no route. Check the network"),
         ("whoami", errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
     ],
 )
@@ -178,7 +178,7 @@ def test_refusals(hub: Hub, built: Path, call: str, refusal: Exception, match: s
 
 
 def test_names_and_folders_that_cannot_be_sent(hub: Hub, built: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no name of a repository"):
+    with pytest.raises(UserError, match="not a repository name"):
         push(built, "a b")
     with pytest.raises(UserError, match=r"is a folder without a config\.json"):
         push(tmp_path, "small")

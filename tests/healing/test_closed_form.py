@@ -123,7 +123,7 @@ def test_a_layer_fitted_to_its_own_output_stays(
 def test_removals_and_joined_layers_are_healed(
     family: str, padded: bool, cut: Cut, resident_of: InMemory, tokens: Tokens
 ) -> None:
-    """No fit raises its error, and what is reported is the error of the model that comes out."""
+    """No fit raises its error, and the reported error is that of the resulting model."""
     _, recipe = cut(family)
     resident = resident_of(family)
     before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
@@ -327,7 +327,7 @@ def test_activations_that_are_not_finite(where: str, cut: Cut, tokens: Tokens) -
     assert "NaN or infinity" in str(caught.value)
 
 
-# The model that comes out
+# The resulting model
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -71,7 +71,7 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
     gap = (np.log(without.value) - np.log(after.value)) / (np.log(without.value) - np.log(before.value))
     assert healed.healed["gap_closed"] == pytest.approx(gap) and 0.2 < gap < 1
     assert cut.healed is None and cut.after.perplexity_without_heal is None
-    # The ladder is the same, and stays as it was cut.
+    # The ladder is the same, and stays unhealed.
     rung = schema.load(tmp_path / "run" / "ladder" / "layers-004.yaml")
     assert schema.content_hash(rung) == cut.recipe_sha256 != healed.recipe_sha256
     carried = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")

@@ -106,7 +106,7 @@ def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path
     assert [row["stage"] for row in found.stages] == ["cut", *ALL]
     assert perplexities == sorted(perplexities, reverse=True) and perplexities[0] > perplexities[-1]
     assert found.teacher == BLEND
-    # What comes out is the recipe over its own members; the blend is gone.
+    # The result is a recipe over its own members; the blend is deleted.
     kept = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert (kept.variants[0].name, kept.layers, kept.spans, kept.base) == ("base", made.layers, made.spans, "base")
     assert [variant.name for variant in kept.variants] == ["base", "math", "lora"] and kept.fitted

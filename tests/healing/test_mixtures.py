@@ -1,4 +1,4 @@
-"""Healing mixtures of experts: what is fitted and trained, and under which names it comes out."""
+"""Healing mixtures of experts: which tensors are fitted and trained, and their names in the result."""
 
 from __future__ import annotations
 

@@ -157,8 +157,8 @@ def test_prune_comp_scales_a_norm_that_follows(context: Context, checkpoint_of: 
     [
         ("llama", [select(layer) for layer in range(6)], "replaceme", "drops no layer"),
         ("llama", [select(layer) for layer in range(6)], "prune-comp", "drops no layer"),
-        ("gemma3", RUNS, "replaceme", "down_proj is added as it is"),
-        ("mixtral", RUNS, "replaceme", "down_proj is added as it is"),
+        ("gemma3", RUNS, "replaceme", "MLP without router or norm after it"),
+        ("mixtral", RUNS, "replaceme", "MLP without router or norm after it"),
         ("olmo2", RUNS, "prune-comp", "read a norm's output"),
     ],
 )

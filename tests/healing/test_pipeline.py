@@ -38,6 +38,7 @@ from tests.healing.conftest import LAYERWISE
 
 Run = Callable[..., Healed]
 FINAL = FinalFitSettings()
+TRAINED = "end-to-end[lora=2,lr=1e-3,top-k=4,evaluations=2,epochs=2,step-tokens=64,precision=no]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +134,26 @@ def test_progress_moves_through_every_stage(context: Callable[..., HealContext],
             if self._tasks:
                 self.shares.setdefault(self._tasks[-1].title, []).append(self._pace.share)
 
-    trained = "end-to-end[lora=2,lr=1e-3,top-k=4,evaluations=2,epochs=2,step-tokens=64,precision=no]"
     with reporting_to(Watched(io.StringIO())):
-        run_stages(context(), cut, heal_stages.choose_all(["closed-form", trained]))
+        run_stages(context(), cut, heal_stages.choose_all(["closed-form", TRAINED]))
     fit, teacher, student = (
         Watched.shares[title] for title in ("closed form", "the teacher's 4 likeliest tokens", "end-to-end training")
     )
     assert fit[-1] <= 3 / 12 <= teacher[0] and teacher[-1] == pytest.approx(4 / 12)
     assert student[0] == pytest.approx(4 / 12) and student[-1] == pytest.approx(1.0)
     assert len(set(student)) > 10 and student == sorted(student)
+
+
+def test_training_frees_hidden_states_of_the_original(
+    context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: LoadedModel
+) -> None:
+    freed: list[TeacherStates | None] = []
+    with TeacherStates(Loop(original, Batches(text.calibration, original.device))) as known:
+        made = context(states=known, release=lambda: freed.append(made.states))
+        run_stages(made, cut, heal_stages.choose_all("closed-form"))
+        assert made.states is known and freed == []
+        run_stages(made, cut, heal_stages.choose_all(["closed-form", TRAINED]))
+        assert freed == [None]
 
 
 def test_a_finished_stage_is_only_read_and_its_tensors_go(
@@ -204,7 +216,7 @@ def test_the_best_of_several_starts_and_killed_within(
     stages = heal_stages.choose_all("closed-form")
     wanted = run_stages(context(starts=(other,), name="whole"), half, stages)
     facts = wanted.stages[-1].facts
-    assert set(facts["starts"]) == {AS_IT_IS, "with nothing fitted", "other"}
+    assert set(facts["starts"]) == {AS_IT_IS, "the recipe with nothing fitted", "other"}
     assert facts["start"] == min(facts["starts"], key=facts["starts"].get)
     fits: list[bool] = []
     fit = closed_form.fit

@@ -101,9 +101,9 @@ def test_bad_settings_are_reported_at_once() -> None:
         EndToEndSettings(temperature=0.0, top_k=0, logits=-1.0)
     assert [problem.message for problem in caught.value.problems] == [
         "--logits + --hidden + --cross-entropy is -1.0 + 0.0 + 0.0; "
-        "expected is weights of 0 or more, at least one of them above 0.",
-        "--temperature is 0.0; expected is a number above 0.",
-        "--top-k is 0; expected is a whole number, 1 or more.",
+        "it must be weights of 0 or more, at least one of them above 0.",
+        "--temperature is 0.0; it must be a number above 0.",
+        "--top-k is 0; it must be a whole number, 1 or more.",
     ]
 
 

@@ -86,7 +86,7 @@ def test_one_type_has_one_code(folder: Path, tmp_path: Path) -> None:
     (other / FILES[1]).write_text(own_code.MODELING + "\n# another\n")
     with trust_remote_code():
         Checkpoint.open(folder, model="m")
-        with pytest.raises(UserError, match="bring different code along"):
+        with pytest.raises(UserError, match="come with different code"):
             Checkpoint.open(other, model="other")
     with trust_remote_code():
         Checkpoint.open(other, model="other")

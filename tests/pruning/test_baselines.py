@@ -178,7 +178,7 @@ def test_blocks_need_not_be_nested(resident_of: InMemory, tmp_path: Path, monkey
     resident, corpus, folder = resident_of("llama"), corpus_of(), tmp_path / "run"
     run, _, _ = ladder_of("angular", resident, corpus, folder, 5)
     monkeypatch.undo()
-    run, _, model = ladder_of("angular", resident, corpus, folder, 1)  # goes on from what is recorded
+    run, _, model = ladder_of("angular", resident, corpus, folder, 1)  # resumes from the recorded steps
     assert model.layer_forwards == 0
     kept = [[0, 1, 2, 3, 5], [2, 3, 4, 5], [0, 1, 2], [0, 5], [0]]
     assert [kept_layers(run, depth) for depth in (5, 4, 3, 2, 1)] == kept

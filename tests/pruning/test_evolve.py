@@ -45,7 +45,7 @@ def test_what_comes_back_leaves_whole_layers(half: bool) -> None:
 
 def test_words() -> None:
     kept = [place for place in range(24) if place not in (4, 5, 6, 7, 13, 14, 20, 21)]
-    assert words_of(kept, 12) == "layers 2 to 3; MLP of 6 to attention of 7; layer 10"
+    assert words_of(kept, 12) == "layers 2 to 3; mlp 6 to attention 7; layer 10"
 
 
 @pytest.mark.parametrize("half", [True, False])

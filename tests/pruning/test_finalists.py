@@ -249,8 +249,8 @@ def test_what_they_do_not_go_with() -> None:
     with pytest.raises(UserError) as caught:
         ComePSettings(finalists=3, spans=0)
     assert [problem.message for problem in caught.value.problems] == [
-        "--spans is 0; expected is a whole number, 1 or more.",
-        "--finalists is 3; expected is 1 without --heal-in-loop.",
+        "--spans is 0; it must be a whole number, 1 or more.",
+        "--finalists is 3; it must be 1 without --heal-in-loop.",
     ]
     with pytest.raises(UserError, match="--heal-in-loop"):
         planners.choose_all("sleb,come-p[finalists=2]")

@@ -19,6 +19,7 @@ from intarsia.building.materialize import assembled, materialize
 from intarsia.cli.parse import parse
 from intarsia.data.corpus import Corpus
 from intarsia.errors import UserError
+from intarsia.healing.closed_form import AS_IT_IS
 from intarsia.healing.settings import ClosedFormSettings
 from intarsia.options import EvalSpec, Output, Target, TextSpec
 from intarsia.pruning.intermediate import Intermediate
@@ -502,7 +503,7 @@ def test_the_final_heal_starts_from_the_loop_s_or_from_bare_layers(
     out = Output(path=tmp_path / "more", run=tmp_path / "out.run")
     again = intarsia.compress(model, out, Target(layers=4), **given)
     assert again.healed is not None and again.after is not None
-    assert again.healed["start"] in ("as it is", "with nothing fitted")
-    goes_on = again.healed["start"] == "as it is" or not again.healed["taken"]
-    assert again.healed.get("fitted_in_loop") == (result.healed["fitted_output_projections"] if goes_on else None)
+    assert again.healed["start"] in (AS_IT_IS, "the recipe with nothing fitted")
+    continued = again.healed["start"] == AS_IT_IS or not again.healed["taken"]
+    assert again.healed.get("fitted_in_loop") == (result.healed["fitted_output_projections"] if continued else None)
     assert again.after.perplexity_without_heal == result.after.perplexity_without_heal

@@ -281,7 +281,7 @@ def test_only_what_has_changed_is_measured_again(resident_of: InMemory) -> None:
     model.replace(4, 1, None)
     assert model.layer_forwards == pytest.approx(families.DEPTH + 1)
     model.become(WHOLE)
-    model.refresh()  # layers 0 .. 3 are as they were
+    model.refresh()  # layers 0 .. 3 are unchanged
     assert model.layer_forwards == pytest.approx(families.DEPTH + 1 + 2)
     assert torch.equal(model.losses_N, losses)
     fresh = Intermediate(resident, corpus, WHOLE)

@@ -107,7 +107,7 @@ def test_sequences_that_predict_nothing_do_not_decide() -> None:
 
 
 def test_the_best_few_are_never_given_up() -> None:
-    """Three that are clearly worse than the best, of which two are asked for besides it; then nothing is left to do."""
+    """Three candidates clearly worse than the best, two of which are kept; the race then stops."""
     track = Track({"a": noisy(0.0, 64, 0), "b": noisy(40.0, 64, 1), "c": noisy(20.0, 64, 2), "d": noisy(30.0, 64, 3)})
     best, seen = race(list(track.sums), track.losses, track.counts, racing=True, keep=3, title="race")
     assert best == "a"

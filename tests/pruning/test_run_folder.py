@@ -163,7 +163,7 @@ def test_a_planner_that_ends_early_says_why(resident_of: InMemory, tmp_path: Pat
 def test_a_full_disk_within_a_step(
     what: str, resident_of: InMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps before are kept, nothing half-written is left, and the run goes on when there is room again."""
+    """Earlier steps are kept, nothing half-written is left, and the run resumes once there is space again."""
     resident = resident_of("llama")
     go(tmp_path / "undisturbed", resident, "come", 2)
     write = {"recipe": "intarsia.recipe.schema.write_whole", "line": "intarsia.run_dir.append_line"}[what]
@@ -181,7 +181,7 @@ def test_a_full_disk_within_a_step(
     assert Ladder(tmp_path / "full").depths() == [5, 4]
     assert {name: contents(tmp_path / "full")[name] for name in before} == before
     assert not [path for path in (tmp_path / "full").rglob(".*") if path.is_file()]
-    assert Ladder(tmp_path / "full").unfinished() == "it has come to 4 layers on the way down to 2"
+    assert Ladder(tmp_path / "full").unfinished() == "it has reached 4 layers on the way down to 2"
     go(tmp_path / "full", resident, "come", 2)
     assert contents(tmp_path / "full") == contents(tmp_path / "undisturbed")
     assert log_of(tmp_path / "full") == log_of(tmp_path / "undisturbed")
@@ -195,7 +195,7 @@ def test_how_far_a_plan_is(resident_of: InMemory, tmp_path: Path) -> None:
     go(tmp_path / "run", resident_of("llama"), "come", 4)
     assert (run.wanted(), run.unfinished()) == (Wanted(layers=4), None)
     run.want(Wanted(layers=2))
-    assert run.unfinished() == "it has come to 4 layers on the way down to 2"
+    assert run.unfinished() == "it has reached 4 layers on the way down to 2"
     with pytest.raises(UserError, match="on the way down to 2"):
         run.recipe(3)
     run.want(Wanted(layers=5))  # what is asked for last
@@ -209,7 +209,7 @@ def test_a_plan_that_can_go_no_further_is_reported_as_such(resident_of: InMemory
     model = go(tmp_path / "run", resident_of("llama"), "come", 1, no_repeat=True)
     unfinished = Ladder(tmp_path / "run").unfinished()
     assert unfinished is not None and unfinished.startswith(
-        f"it has come to {model.depth} layers on the way down to 1 and goes no"
+        f"it has reached {model.depth} layers on the way down to 1 and stopped"
     )
     assert "no-repeat" in unfinished
 

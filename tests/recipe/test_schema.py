@@ -348,7 +348,7 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
-        ("{from: [1, 2], method: ties}", "merge.base: expected the layer that ties takes differences to; found none"),
+        ("{from: [1, 2], method: ties}", "merge.base: expected the base layer of the differences of ties; found none"),
         (
             "{from: [1], method: ties, params: {density: 2}}",
             "params.density: expected a number above 0 up to 1; found 2",

@@ -89,7 +89,7 @@ def test_there_are_examples() -> None:
         (Concat(cuts=(cut(1, [0, 0], range(5), 0.6, 0.5), GOOD.cuts[1])), "0 a second time"),
         (Concat(cuts=(cut(1, [0], range(5), 0.6, 0.5), GOOD.cuts[1])), "3 kv_groups in all cuts together; found 2"),
         (Concat(cuts=(cut(1, [0, 2], range(6), 0.6, 0.5), GOOD.cuts[1])), "8 channels in all cuts together; found 9"),
-        (Concat(cuts=(cut(2, [0, 2], range(5), 0.6, 0.5), GOOD.cuts[1])), "no other cut is from"),
+        (Concat(cuts=(cut(2, [0, 2], range(5), 0.6, 0.5), GOOD.cuts[1])), "a layer without another cut"),
         (Concat(cuts=(cut(1, [0, 2], range(5), 0.7, 0.5), GOOD.cuts[1])), "attention weights that sum to 1; found 1.1"),
         (Concat(cuts=(cut(1, [0, 2], range(5), 1.2, 0.5), cut(2, [1], range(5, 8), -0.2, 0.5))), "found -0.2"),
         (Concat(cuts=(cut(1, [0, 2], range(5), 0.6, math.nan), GOOD.cuts[1])), "weights.mlp: .* found nan"),
@@ -118,7 +118,7 @@ def test_weights_may_be_off_by_rounding(architecture: Architecture) -> None:
     ("merge", "message"),
     [
         (Merge(sources=(), weights=()), "at least one layer"),
-        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one a layer; found 2"),
+        (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(0.5, 0.5)), "1 weights, one per layer; found 2"),
         (Merge(sources=(LayerRef(variant="base", layer=1),), weights=(math.nan,)), "a finite number; found nan"),
         (
             Merge(sources=(LayerRef(variant="base", layer=1),), weights=(1.0,), method="glue"),
@@ -144,7 +144,7 @@ ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
             Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="dare_linear", params={"seed": 0.5}),
             "params.seed: expected a whole number",
         ),
-        (Merge(sources=(ONE,), weights=(1.0,), base=TWO), "no base, for linear takes no differences; found base:2"),
+        (Merge(sources=(ONE,), weights=(1.0,), base=TWO), "no base, because linear takes no differences; found base:2"),
         (
             Merge(sources=(ONE,), weights=(1.0,), base=LayerRef(variant="base", layer=6), method="task_arithmetic"),
             "a layer from 0 to 5; found base:6",
@@ -159,7 +159,7 @@ ONE, TWO = LayerRef(variant="base", layer=1), LayerRef(variant="base", layer=2)
         (Merge(sources=(ONE, TWO), weights=(1.0, 0.0), base=TWO, method="model_stock"), "at least 2 layers"),
         (
             Merge(sources=(ONE,), weights=(1.0,), base=TWO, method="breadcrumbs", params={"bottom": 0.5, "top": 0.5}),
-            "below 1 together",
+            "bottom and top with a sum below 1",
         ),
         (Merge(sources=(ONE,), weights=(1.0,), scale=math.inf), "merge.scale: expected a finite number; found inf"),
         (Merge(sources=(ONE,), weights=(1.0,), mlp=Mix(weights=(1.0, 2.0))), "mlp.weights: expected 1 weights"),

@@ -100,7 +100,7 @@ def test_the_data_of_the_picture(tmp_path: Path) -> None:
     notes = dict(layer["notes"])
     assert notes["joined"] == "in the step to 5 layers"
     assert notes["ratio by block influence"] == "0.40 : 0.60"
-    assert notes["calibration loss then"] == "2"
+    assert notes["calibration loss"] == "2"
     assert data["depths"]["4"][3] == {"span": [5, 6], "parts": [{"layer": 5, "wood": 5}]}
 
 
@@ -142,20 +142,20 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert not reader.all("svg")
     Ladder(plan_run(tmp_path / "one", steps=1)).want(Wanted(layers=3))
     _, reader = page(tmp_path / "one")
-    assert "it has come to 5 layers on the way down to 3." in reader.text
+    assert "it has reached 5 layers on the way down to 3." in reader.text
     assert reader.all("svg")
     Ladder(plan_run(tmp_path / "stopped")).want(Wanted(layers=2, stopped="nothing is left to merge"))
     _, reader = page(tmp_path / "stopped")
-    assert "on the way down to 2 and goes no further: nothing is left to merge." in reader.text
+    assert "on the way down to 2 and stopped: nothing is left to merge." in reader.text
     with (tmp_path / "one" / "log.jsonl").open("a") as file:
         file.write('{"layers": 4, "mer')
-    assert "it has come to 5 layers on the way down to 3." in page(tmp_path / "one")[1].text
+    assert "it has reached 5 layers on the way down to 3." in page(tmp_path / "one")[1].text
 
 
 def test_an_unfinished_comparison_says_what_is_to_come(tmp_path: Path) -> None:
     asked = {"methods": ["come", "sleb"], "layers": [27], "heal": ["none"]}
     _, reader = page(comparison(tmp_path / "run", [row("come", 27, "none", 40.0)], asked=asked))
-    assert "models still to be measured: 1 (sleb at 27)" in reader.text
+    assert "Models not measured yet: 1 (sleb at 27)" in reader.text
     _, reader = page(comparison(tmp_path / "empty", []))
     assert "no model has been measured yet" in reader.text
 
@@ -196,7 +196,7 @@ def test_runs_on_one_text_share_a_chart(tmp_path: Path) -> None:
 
 def test_runs_on_different_texts_stand_apart(tmp_path: Path) -> None:
     _, reader = page(plan_run(tmp_path / "a"), plan_run(tmp_path / "b", text="99" * 32))
-    assert "Ladders that were measured on different texts are in different charts." in reader.text
+    assert "Ladders measured on different texts are in different charts." in reader.text
     assert reader.texts.count("calibration perplexity by depth") == 2 + 2
     other = {"name": "speeches", "spec": "s.txt", "sha256": "77" * 32}
     first = comparison(tmp_path / "c", [row("come", 27, "none", 40.0)])

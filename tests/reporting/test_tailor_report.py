@@ -62,7 +62,7 @@ def test_final_scores(tmp_path: Path) -> None:
         "accuracy kept": "80.0%",
     }
     assert rows[0]["accuracy kept"] == ""
-    assert "40 of science" in found.intro and "No examples of prose are left" in found.intro
+    assert "40 of science" in found.intro and "There are no unseen examples of prose" in found.intro
 
 
 def test_the_puzzle_of_the_knee(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_search(tmp_path: Path) -> None:
     (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
     assert "base model" in figure.svg
     assert subject.notes[0] == "This search is not finished: 7 of 20 trials are done."
-    assert subject.notes[1].startswith("Failed trials, which have no cost: 1 (NaN in <prose>).")
+    assert subject.notes[1].startswith("Failed trials, without a cost: 1 (NaN in <prose>).")
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_tied_and_dtype(llama: Path, tmp_path: Path) -> None:
 def test_larger_vocabularies_are_cut_and_smaller_refused(llama: Path, tmp_path: Path) -> None:
     larger = variant(tmp_path / "larger", vocab_size=families.VOCABULARY + 2)
     family = opened(llama, larger=larger)
-    assert family.notes == ("larger: the last 2 rows of its vocabulary are not used, for the base has none of them",)
+    assert family.notes == ("larger: the last 2 rows of its vocabulary are not used, because the base lacks them",)
     with pytest.raises(UserError, match=f"vocabulary: 320 rows, not {families.VOCABULARY + 2} or more"):
         opened(larger, smaller=llama)
 
@@ -181,7 +181,7 @@ def test_what_is_only_said(llama: Path, adapter: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "org/other"}))
     notes = opened(llama, eps=eps, lora=folder).notes
     assert notes[0] == "eps: rms_norm_eps is 0.0001; the base's 1e-06 is used"
-    assert notes[1] == f"lora: the adapter names org/other as its base, and is laid over {llama}"
+    assert notes[1] == f"lora: the adapter names org/other as its base, and is applied to {llama}"
 
 
 def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -197,5 +197,5 @@ def test_config_files_alone(llama: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copy(variant(tmp_path / "deep", num_hidden_layers=8) / "config.json", tmp_path / "configs" / "math")
     with pytest.raises(UserError, match="n_layers: 8, not 6"):
         open_family(members, weights=False)
-    with pytest.raises(UserError, match="no local folder is called so"):
+    with pytest.raises(UserError, match="there is no local folder of this name"):
         open_family({**members, "gone": MemberSpec(model=str(tmp_path / "gone"))}, weights=False)

@@ -137,7 +137,7 @@ def test_fits_of_running_and_leading_trials_stay(tmp_path: Path) -> None:
     tailor_run.fits.mkdir()
 
     class Three(InProcess):
-        """Three at a time, each of which leaves a fit when it is scored."""
+        """Three workers at a time; each trial leaves a fit."""
 
         count = 3
 
@@ -185,7 +185,7 @@ def test_earlier_trials_are_heard_and_kept(tmp_path: Path) -> None:
     new = run(tmp_path / "new", InProcess(scorer.evaluate), trials=6, earlier=found)
     assert [trial.engine for trial in new] == [EARLIER] * 11 + ["random"] * 6
     assert not {trial.key for trial in old} & set(scorer.scored)
-    # Nine at the least budget and two at the next: a third one is to go on, for what was heard counts as what was made.
+    # Nine at the least budget and two at the next: a third one is promoted, because imported trials count.
     assert new.trials[11].origin == "promotion"
 
 

@@ -1,4 +1,4 @@
-"""The stage `closed-form`: output projections are fitted by least squares; nothing is trained."""
+"""The stage `closed-form`: fit output projections by least squares; nothing is trained."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _TRIAL = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class FinalFitSettings(ClosedFormSettings):
-    """How the closed form fits the final model. Other text decides about it, so few held-out sequences suffice."""
+    """How the closed form fits the final model. Acceptance uses other text, so few held-out sequences suffice."""
 
-    # Output projections that are fitted on the layers after the changed ones, in this order; all but the first only
-    # while the fit costs little.
+    # Output projections to fit on the layers after the changed ones, in this order. The first is fitted on all of
+    # them, the others on as many as keep the fit within three passes of the model.
     unchanged: tuple[Part, ...] = flag(("mlp", "attention"), "--fit-unchanged")
     # Every n-th sequence chooses the ridge strength.
     held_out: int = flag(32, "--fit-held-out")
-    # Tokens of the calibration text that it uses at most.
+    # Most tokens of the calibration text to fit on.
     tokens: int = flag(131_072, "--fit-tokens", metavar="N", parse=token_count)
-    # Where there are several recipes to start from: tokens that each is fitted on, to choose one (default: a quarter).
+    # Tokens for choosing among several recipes to start from: each is fitted on this many (default: a quarter).
     trial_tokens: int | None = flag(None, "--fit-trial-tokens", metavar="N", parse=token_count)
 
     def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
@@ -46,8 +46,8 @@ class FinalFitSettings(ClosedFormSettings):
 def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings) -> Recipe:
     """Fit output projections by least squares toward the original's hidden states.
 
-    Of several starting points each is fitted on a few tokens, and the one that is nearest to the original on the
-    selection text is fitted on all.
+    Of several starting points, each is fitted on a few tokens; the one nearest to the original on the selection text
+    is then fitted on all.
     """
     from intarsia.healing.closed_form import AS_IT_IS, fit, fit_each, fit_forwards, starts
     from intarsia.healing.ridge import USUAL
@@ -59,7 +59,7 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     points, forwards = [*starts(recipe, architecture), *context.starts], 0.0
     start, found, fits = points[0], None, []
     trial = text if len(points) == 1 else text.first(settings.trial_tokens or int(text.tokens * _TRIAL))
-    # What ranks the starts need not be the whole fit: one projection of an unchanged layer, at the usual strength.
+    # A cheaper fit ranks the starts: one projection of each unchanged layer, at the usual ridge strength.
     trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1], ridges=(USUAL,))
     units = (len(points) > 1) * len(points) * len(trial) / len(text) / 2  # a trial costs half
     with current().task("", units + 1.0) as task:

@@ -1,7 +1,7 @@
-"""The stages `replaceme` and `prune-comp`: what was published to make up for runs of dropped layers.
+"""The stages `replaceme` and `prune-comp`: published compensations for runs of dropped layers.
 
-Both compare what an output layer with span (a, b] makes of H^a of the original with H^b. Where layers were dropped
-after it, and it is an original layer as it was, what it gives is the original's hidden state before the dropped run.
+Both compare the output of a layer with span (a, b] on the original's H^a with the original's H^b. For an unchanged
+layer before a dropped run, that output is the original's hidden state before the run.
 
 `replaceme` folds one linear map for each run into the down_proj before it. Source: Shopkhoev et al., ReplaceMe, arXiv
 2505.02819, the least-squares form. With M what the MLP of the layer before the run adds, Y the rest of that layer's
@@ -12,14 +12,15 @@ or joined from half layers, gets a map too, fitted on its own output.
 `prune-comp` scales hidden states to the size that they had after the run. Source: Chen et al., Prune&Comp, arXiv
 2507.18212. The scale is alpha = E[E_t|H^b_c| / E_t|H^a_c|]: means of absolute values over the tokens of a sequence, and
 of their ratios over sequences and channels c. Published, the embedding and what all layers before the run write are
-multiplied by alpha. Here what all layers after it write is divided by alpha: every layer, and the final norm, reads the
-hidden states through a norm, so this is the same model, and it leaves the embedding, which may be the head's, as it is.
+multiplied by alpha. Here the outputs of all layers after the run are divided by alpha: every layer, and the final norm,
+reads the hidden states through a norm, so this is the same model, and the embedding, which may be tied to the head,
+stays unchanged.
 Deviation: of several runs each alpha is measured on the original (published: one layer is dropped at a time, and alpha
 measured on the model so far).
 
-As of every stage, a result that does not lower the perplexity of the selection text is not taken.
+As with every stage, a result that does not lower the perplexity of the selection text is rejected.
 
-Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` what the MLP adds, `D` residual width.
+Shape suffixes: `B` sequences of a batch, `T` tokens, `N` tokens, `C` outputs of the MLP, `D` residual width.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ Look: TypeAlias = "Callable[[int, nn.Module, Passed, Tensor, Tensor], None]"
 
 
 def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Sequence[Part] = ()) -> int:
-    """Run every layer that stands for several of the original over the calibration text.
+    """Run every layer whose span is several original layers over the calibration text.
 
     Args:
-        inputs: parts, the inputs of whose output projections `look` gets too.
+        inputs: parts whose output projections' inputs `look` gets too.
 
     Returns:
         Layer-forwards over the text.
 
     Raises:
-        UserError: no layer stands for several, or hidden states are not finite.
+        UserError: no layer's span is several layers, or hidden states are not finite.
     """
     import torch
 
@@ -69,7 +70,7 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Se
     from intarsia.building.loaded_model import Placed
 
     changed = [index for index, (start, stop) in enumerate(recipe.spans) if stop - start > 1]
-    check((bool(changed), "The recipe drops no layer, so nothing is to be replaced.", "Prune the model first."))
+    check((bool(changed), "The recipe drops no layer, so there is nothing to replace.", "Prune the model first."))
     resident = context.resident
     with torch.inference_mode(), context.original_states(context.calibration) as teacher:
         modules = [resident.module(recipe.layers[index], recipe.fitted.get(index)) for index in changed]
@@ -93,7 +94,7 @@ def span_outputs(context: HealContext, recipe: Recipe, look: Look, *, inputs: Se
 class ReplaceMeSettings(Checked):
     """How the maps are fitted."""
 
-    # Ridge of the least squares, relative to the mean square of what the MLP adds: it shrinks the map towards zero.
+    # Ridge of the least squares, relative to the mean square of the MLP's output; it shrinks the map towards zero.
     ridge: float = flag(0.0, "--map-ridge")
 
     def checks(self) -> Iterator[Check]:
@@ -115,17 +116,17 @@ def replaceme(context: HealContext, recipe: Recipe, settings: ReplaceMeSettings)
             not architecture.removal_only
             and not architecture.is_mixture("mlp")
             and architecture.norm_after("mlp") is None,
-            f"replaceme needs an MLP whose down_proj is added as it is; in {architecture.family.title} it is not.",
+            f"replaceme needs an MLP without router or norm after it, and {architecture.family.title} has none.",
             "Use closed-form, which fits these models too.",
         )
     )
     writer, scale = architecture.writer("mlp").module, architecture.residual_scale
-    moments: dict[int, Gram] = {}  # of what an MLP adds, and of what is missing: in float64, as published
+    moments: dict[int, Gram] = {}  # of the MLP's output and the missing residual: in float64, as published
     own: dict[int, dict[str, Tensor]] = {}
 
     def look(index: int, module: nn.Module, passed: Passed, wanted_BTD: Tensor, counts_BT: Tensor) -> None:
         down = module.get_submodule(writer)
-        if index not in own:  # of a streamed model they are there only now
+        if index not in own:  # a streamed layer has them only now
             own[index] = {name: each.detach().clone() for name, each in down.named_parameters()}
             width, home = architecture.width, wanted_BTD.device
             moments[index] = Gram(width, width, home, torch.float32 if home.type == "mps" else torch.float64)
@@ -191,7 +192,7 @@ def prune_comp(context: HealContext, recipe: Recipe) -> Recipe:
 def magnitude_ratios(
     context: HealContext, recipe: Recipe, rotation_DD: Tensor | None = None
 ) -> tuple[dict[int, Tensor], int]:
-    """For each layer that stands for dropped ones E[E_t|H^b_c| / E_t|H^a_c|], by channel: float64 `[D]`, on the CPU.
+    """For each layer before a dropped run, E[E_t|H^b_c| / E_t|H^a_c|] by channel: float64 `[D]`, on the CPU.
 
     Args:
         rotation_DD: of hidden states, before their sizes are taken.
@@ -219,7 +220,7 @@ def magnitude_ratios(
 
 
 def _scaled(context: HealContext, recipe: Recipe, index: int, factor: float) -> dict[str, npt.NDArray[np.float32]]:
-    """The tensors of a layer that decide the size of what it writes, times a factor."""
+    """The tensors that scale a layer's output, times a factor."""
     import torch
 
     from intarsia.building.layer import layer_tensors, scale_output

@@ -1,4 +1,4 @@
-"""The stage `layerwise`: each changed layer is trained toward the original's hidden states of its span."""
+"""The stage `layerwise`: train each changed layer toward the original's hidden states after its span."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseSettings(Pace):
-    """How single layers are trained. The defaults are what was measured as best (dev/LOG.md, "which settings"); as
-    published it is inputs="teacher", kl=1, mse=0."""
+    """How single layers are trained. The defaults were measured as best (dev/LOG.md, "which settings"); published is
+    inputs="teacher", kl=1, mse=0."""
 
     # Peak of the learning rate.
     lr: float | None = flag(1e-3, "--layer-lr")
     # Tokens of an optimiser step.
     batch_tokens: int = flag(2048, "--layer-batch-tokens", metavar="N", parse=token_count)
-    # Weight of the KL between softmaxed hidden states; alone it is as published.
+    # Weight of the KL between softmaxed hidden states, the only loss of the paper.
     kl: float = flag(0.0, "--layer-kl")
     # Weight of the squared error of hidden states.
     mse: float = flag(1.0, "--layer-mse")
     # Weight of 1 - cosine of hidden states.
     cosine: float = flag(0.0, "--layer-cosine")
-    # What a token counts in the squared error.
+    # Weight of a token in the squared error.
     weighting: Weighting = "relative"
-    # Inputs of a layer: hidden states of the `student`, from the layers trained before it, so that it learns to correct
-    # what they left; or of the `teacher`, as published, so that layers are independent of each other.
+    # Inputs of a layer: hidden states of the `student`, so that it learns to correct the errors of the layers trained
+    # before it; or of the `teacher`, as published, so that layers are independent of each other.
     inputs: Literal["student", "teacher"] = flag("student", "--layer-inputs")
-    # Layers that are trained: those that were changed, or also every layer after the first of them.
+    # Layers to train: `spans`, the changed ones; or `after`, also every layer after the first changed one.
     layers: Layers = flag("spans", "--train-layers")
-    # Names of tensors or modules inside a layer (`down_proj`, `mlp`, ...) that are trained; empty for all.
+    # Tensors or modules of a layer to train (`down_proj`, `mlp`, ...); empty for all.
     only: tuple[str, ...] = ()
 
     def checks(self) -> Iterator[Check]:

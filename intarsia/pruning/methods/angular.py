@@ -1,9 +1,9 @@
-"""Angular: drop the block of adjacent layers between whose ends the residual stream turns least.
+"""Angular: drop the block of adjacent layers over which the residual stream turns least.
 
 Source: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887: to drop n layers, the
 block l .. l+n-1 with the least E[arccos(cos(H^l, H^{l+n}))] / pi over the last token of each sequence. No deviation.
-Distances are measured once, on the whole model. The best block is chosen anew for every n, so a block need not hold
-the smaller one before it: the ladder's recipes are not made from one another.
+Distances are measured once, on the whole model. The best block is chosen for each n, so it need not contain the smaller
+one before it: the ladder's recipes are not nested.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Angular(Planner):
     """Drop the contiguous block over which the residual stream turns least."""
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """The best block that is one layer longer than what is dropped now."""
+        """The best block that is one layer longer than the current one."""
         table: list[list[float]] = history[0]["distances"] if history else distances(model)
         depth = len(table) + 1
         count = depth - model.depth + 1
@@ -49,7 +49,7 @@ class Angular(Planner):
 
 
 def distances(model: Intermediate) -> list[list[float]]:
-    """For n = 1 .. L-1 dropped layers: the distance between the ends of the block at each start 0 .. L-n."""
+    """For n = 1 .. L-1 dropped layers: the distance over the block at each start 0 .. L-n."""
     from torch.nn.functional import normalize
 
     from intarsia.activations.statistics import last_real

@@ -1,8 +1,8 @@
-"""CoMe: adjacent layers become one that keeps the most sensitive pieces of each; ratios come from block influence.
+"""CoMe: merge adjacent layers into one with the most sensitive pieces of each, at ratios by block influence.
 
 Source: Wang et al., Layer as Puzzle Pieces, arXiv 2510.15304. Deviations by default: norms are folded into the rows
-that read them, which is exact; the last layer's influence is measured before the final norm; the distance of a span is
-over all layers that are merged. `--preset paper` does what was published, but for query heads, which are grouped.
+that read them, which is exact; the last layer's influence is measured before the final norm; the distance of a span
+covers all merged layers. `--preset paper` follows the publication, except that query heads are grouped.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from intarsia.pruning.intermediate import Intermediate
 
 Counts: TypeAlias = tuple[tuple[int, int], ...]
-"""KV groups and channels that each merged layer gives."""
+"""Number of KV groups and channels from each merged layer."""
 
 Scores: TypeAlias = Mapping[Part, "Tensor"]
-"""Of every piece of a layer."""
+"""The scores of a layer's pieces, by part."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComeSettings(ProgressiveSettings):
     """How CoMe decides."""
 
-    # Merge where the block influence is least, or where skipping the layers costs least.
+    # Merge the span of least influence (sbi), or the one that costs least loss to skip (sleb).
     span_choice: Literal["sbi", "sleb"] = "sbi"
-    # Adjacent layers that become one in a step.
+    # Adjacent layers to merge in a step.
     merge: int = 2
     # Shares are proportional to block influence to this power.
     sharpness: float = 1.0
@@ -48,18 +48,18 @@ class ComeSettings(ProgressiveSettings):
     dominance: float | None = None
     # Never merge a merged layer again.
     no_repeat: bool = False
-    # Fold norms into the rows that read them, which is exact, or average them, as published.
+    # Fold norms into the rows that read them, which is exact; or average them, as published.
     norm: NormMode = "fold"
-    # Size of an activation in the channel scores.
+    # Activation norm in the channel scores.
     sensitivity: Literal["mean-abs", "l2"] = "mean-abs"
-    # Tokens of the span influence.
+    # Tokens that count in the span influence.
     distance: Literal["all-tokens", "last-token"] = "all-tokens"
-    # Join pieces of the layers; or, as ablations, add whole layers up by share, or add the pieces that are left out
-    # onto the most similar ones that are kept.
+    # Join pieces of the layers; or, as ablations, sum whole layers by share, or add each discarded piece to the most
+    # similar kept one.
     combine: Literal["concat", "weight-sum", "fuse"] = "concat"
     # Measure the last layer's influence after the final norm, as published.
     after_final_norm: bool = False
-    # Take the span influence over one layer, however many are merged, as published.
+    # Take the span influence over one layer, whatever --merge says, as published.
     one_layer_distance: bool = False
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -75,12 +75,12 @@ class ComeSettings(ProgressiveSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What could take the place of `count` layers from `start` on: a layer joined from them, or none."""
+    """A replacement of the `count` layers from `start` on: one joined layer, or none."""
 
     start: int
     count: int
     op: Op | None
-    # Of each layer's attention, and of its MLP.
+    # Shares of each layer's attention, and of its MLP.
     shares: Sequence[float] = ()
     mlp_shares: Sequence[float] = ()
     counts: Counts = ()
@@ -103,7 +103,7 @@ class Come(Progressive):
         """Choose a span, its ratios, and the pieces to keep."""
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
-        # Of every layer once, and only of those that are looked at.
+        # Scored once for each layer, when it is first needed.
         pieces = cache(partial(self._piece_scores, model))
         distances = self._span_scores(model, allowed, count)
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
@@ -114,7 +114,7 @@ class Come(Progressive):
             "span_choice": self.settings.span_choice,
             "span_scores": {str(index): value for index, value in distances.items()},
             **shown,
-            # Of the whole model, for people to look at.
+            # For the report: the whole model's scores.
             **(
                 {}
                 if history or model.architecture.removal_only
@@ -129,10 +129,10 @@ class Come(Progressive):
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
     ) -> tuple[list[Candidate], dict[str, Any]]:
-        """What is done: candidates, the best first; and what is logged of the choice.
+        """Candidates, best first, and evidence for the log.
 
         Args:
-            ranked: where a span of `count` layers may be merged, the best first.
+            ranked: starts of spans of `count` layers that may be merged, best first.
             pieces: the scores of a layer's pieces.
         """
         if not ranked:
@@ -152,7 +152,7 @@ class Come(Progressive):
         """The layer that keeps each merged layer's most sensitive pieces; with `weight-sum`, their sum by share.
 
         Args:
-            shares: of each layer; of its attention, where there are `mlp_shares`.
+            shares: of each layer; of its attention, if `mlp_shares` is given.
         """
         mlp_shares = shares if mlp_shares is None else mlp_shares
         groups = allocate.counts(shares, model.architecture.n_kv_heads)
@@ -163,13 +163,13 @@ class Come(Progressive):
 
     def reason(self) -> str:
         return (
-            f"with no-repeat, no {self.settings.merge} adjacent layers are left of which none is merged already"
+            f"with no-repeat, no {self.settings.merge} adjacent unmerged layers are left"
             if self.settings.no_repeat
             else "layers of different attention types are not merged, and no others are adjacent"
         )
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
-        """Each span that is tried re-runs what is after it; then the model is measured."""
+        """Each tried span re-runs the layers after it; then the model is measured."""
         total = float(architecture.n_layers)
         for current, count in strides(architecture.n_layers, target, self.settings.merge):
             after = current - count + 1
@@ -180,11 +180,11 @@ class Come(Progressive):
         return total
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
-        """Layer-forwards of trying candidates; `after` is the depth that a step leads to."""
+        """Layer-forwards of trying candidates; `after` is the depth after the step."""
         return 0
 
     def _about(self, model: Intermediate, chosen: Candidate) -> dict[str, Any]:
-        """What is logged of a step itself."""
+        """The log entry of a step."""
         if chosen.op is None:
             return {"dropped": sources_of(model.ops[chosen.start : chosen.start + chosen.count])}
         groups, channels = zip(*chosen.counts, strict=True)

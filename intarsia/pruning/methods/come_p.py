@@ -1,11 +1,11 @@
 """CoMe-P: CoMe, with the span and its ratio chosen by the calibration loss of the merged model.
 
-Source: Wang et al., Layer as Puzzle Pieces, arXiv 2510.15304, which tries the ratios of one span; `--preset paper`
-does. Here those of several spans are raced, and with `removals` the plain removal of each layer.
+Source: Wang et al., Layer as Puzzle Pieces, arXiv 2510.15304, which tries the ratios of one span, as `--preset paper`
+does. By default the ratios of several spans are raced, and with `removals` also the plain removal of each layer.
 
-A ratio that leaves layers out altogether is a removal too, but where steps are healed the two differ: a removal leaves
-the layers that stay with what was fitted on them, a merge makes a layer anew. So where both give the same layers, the
-removal is what is tried.
+A ratio with zero shares is a removal too, but the two differ when steps are healed: after a removal, the remaining
+layers keep their fitted tensors; a merge gives a new layer without any. If both give the same layers, the removal is
+tried.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 class ComePSettings(ComeSettings):
     """How CoMe-P decides."""
 
-    # Steps of the ratio between 0 and 1.
+    # Grid steps of the ratio between 0 and 1.
     granularity: int = 10
-    # Try the ratios of this many spans, those of least influence.
+    # Try the ratios of the N spans of least influence.
     spans: int = 3
-    # Also try to drop each layer, wherever it is (with --merge M, each M - 1 adjacent ones).
+    # Also try to drop each layer (with --merge M, each run of M - 1 layers).
     removals: bool = False
-    # Give attention and MLP shares of their own: try each removal shifted by half a layer, and ratios around the best.
+    # Also try separate shares for attention and MLP: removals shifted by half a layer, and ratios around the best one.
     half_layers: bool = False
-    # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
+    # Eliminate candidates that are clearly worse than the best on part of the calibration text.
     racing: bool = True
-    # With --heal-in-loop: heal this many of the best candidates of each step, and take the one of least held-out loss.
+    # With --heal-in-loop: heal the N best candidates of each step, and take the one of least held-out loss.
     finalists: int = 1
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -110,7 +110,7 @@ class ComeP(Come):
     def _raced(
         self, model: Intermediate, tried: Sequence[Candidate], title: str
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        """The candidates of least calibration loss, each of which removes something else; and what all showed."""
+        """The candidates of least calibration loss, each with a different removal; and the losses of all."""
         number = self.settings.finalists
         changes = [
             Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried
@@ -135,7 +135,7 @@ class ComeP(Come):
         return [tried[index] for index in chosen], shown
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
-        """Each ratio and removal that is tried re-runs what is after it, as long as it is in the race."""
+        """Each candidate re-runs the layers after it until it is eliminated."""
         ratios = min(self.settings.spans, after) * math.comb(self.settings.granularity + count - 1, count - 1)
         drops = (after + 1 if self.settings.removals else 0) + (after + 16 if self.settings.half_layers else 0)
         racing, finalists = self.settings.racing, self.settings.finalists
@@ -161,7 +161,7 @@ class ComeP(Come):
     def _around(self, model: Intermediate, best: Candidate, pieces: Callable[[int], Scores]) -> Iterator[Candidate]:
         """The neighbours of the best on the grid of attention and MLP shares of two layers.
 
-        A removed layer is a corner of two squares: that with the layer before it, and that with the layer after it.
+        A removed layer is a corner of two squares: with the layer before it, and with the layer after it.
         """
         centres = [(best.start, best.shares[0], best.mlp_shares[0])] if best.op is not None else []
         if best.op is None:
@@ -179,8 +179,8 @@ class ComeP(Come):
 
 
 def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Of those that lead to the same layers the first: two ratios may round to the same counts, and two spans may drop
-    the same layer."""
+    """The first of all candidates with the same layers: two ratios may round to the same counts, and two spans may
+    drop the same layer."""
     found: dict[tuple[Op, ...], Candidate] = {}
     for each in candidates:
         put_in = () if each.op is None else (each.op,)
@@ -190,7 +190,7 @@ def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candi
 
 
 def _removed(candidate: Candidate) -> Hashable:
-    """Which layers it removes: all but the one that gives most; and whether it removes them whole."""
+    """The layers that it removes: all but the one of largest share; and whether it removes them whole."""
     span = range(candidate.start, candidate.start + candidate.count)
     if candidate.op is None:
         return tuple(span), True
@@ -199,5 +199,5 @@ def _removed(candidate: Candidate) -> Hashable:
         for shares in (candidate.shares, candidate.mlp_shares)
     )
     if attention != mlp:
-        return candidate.start, "half a layer each"
+        return candidate.start, "half-layers"
     return tuple(index for index in span if index != candidate.start + attention), False

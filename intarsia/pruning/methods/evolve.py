@@ -9,8 +9,8 @@ makes the result a stock checkpoint (published: any, as many attentions as MLPs)
 ones. The search starts from the best of random choices, the layers of least influence and every block of adjacent
 layers (published: random choices). Stages see parts of one calibration text (published: samples of a large text).
 
-A model is run from the original's hidden states before its first change. What was evaluated is logged, so a search that
-was stopped repeats none of it.
+A model runs from the original's hidden states before its first change. Evaluations are logged, so a resumed search
+repeats none.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ Kept: TypeAlias = tuple[int, ...]
 """The sub-blocks of a model, ascending: 2 i is the attention of layer i, 2 i + 1 its MLP."""
 
 _STAGES = ((1 / 8, 1 / 4), (1 / 2, 1 / 8))
-"""For each stage but the last, the share of the text that is seen, and the share of models that are left after it."""
+"""For each stage but the last: the share of the text, and the share of models that survive it."""
 _TRIES = 50
-"""A mutation that gives a model which is known, or none, is drawn again this many times."""
+"""Draws of a mutation that gives no new model, before giving up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvolveSettings(PlanSettings):
-    """How the search goes."""
+    """How the search runs."""
 
     # Generations of the search.
     generations: int = 60
-    # Mutations of the best model so far that each generation tries.
+    # Mutations of the best model to try in each generation.
     offspring: int = 16
-    # Level switches of a mutation, at most.
+    # Most level switches in a mutation.
     switches: int = 3
-    # Random models among those that the search starts from.
+    # Random models in the initial population.
     initial: int = 16
-    # Drop runs of attention and MLP that begin in the middle of a layer too, not whole layers alone.
+    # Also drop runs of attention and MLP that start in the middle of a layer.
     half_layers: bool = True
-    # What models are compared by: their loss, or KL(original || model) of the next token.
+    # Compare candidates and blocks by their loss, or by KL(original || candidate) of the next token.
     criterion: Criterion = "kl"
-    # Heal this many of the best models of the search; the nearest to the original on the selection text is kept.
+    # Heal the N best models, and keep the nearest to the original on the selection text.
     finalists: int = 1
     # Seed of the search.
     search_seed: int = 0
@@ -74,7 +74,7 @@ class EvolveSettings(PlanSettings):
 class Evolve(Planner):
     """Search for the attention and MLP sub-blocks to keep, by mutation and selection."""
 
-    # From the original to the target: every depth is a search of its own.
+    # Every depth is a search of its own, from the original to the target.
     layers_at_once = 1_000_000
 
     def __init__(self, settings: EvolveSettings) -> None:
@@ -100,13 +100,15 @@ class Evolve(Planner):
     def other_finalists(
         self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture
     ) -> dict[str, list[Op]]:
-        """The models that came next in the search."""
+        """The runners-up of the search."""
 
         def layers(kept: Kept) -> list[Op]:
             pairs = ((first // 2, second // 2) for first, second in zip(kept[::2], kept[1::2], strict=True))
             return [whole[i] if i == j else half_layers(whole[i], whole[j], "fold", architecture) for i, j in pairs]
 
-        return {f"without {words_of(kept, len(whole))}": layers(tuple(kept)) for kept in evidence["others"]}
+        return {
+            f"the original without {words_of(kept, len(whole))}": layers(tuple(kept)) for kept in evidence["others"]
+        }
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """The models of every stage, run as a whole; and the original."""
@@ -117,11 +119,11 @@ class Evolve(Planner):
 
 
 class _Search:
-    """One search under way.
+    """A running search.
 
     Attributes:
-        losses: the summed loss of every model so far on the sequences that it was run on, from one to before another.
-        logged: the same, from an earlier run of the same search.
+        losses: the summed loss of each model so far, by the range of sequences that it ran on.
+        logged: the same, from before a restart.
     """
 
     def __init__(self, planner: Evolve, model: Intermediate, target: int) -> None:
@@ -149,12 +151,12 @@ class _Search:
         return best, losses
 
     def ranked(self) -> list[Kept]:
-        """The models that were evaluated on all of the text, the best first."""
+        """The models that were evaluated on all of the text, best first."""
         known = [kept for kept, start, stop in self.losses if (start, stop) == (0, self.number)]
         return sorted(known, key=self._loss)
 
     def ops(self, kept: Kept) -> tuple[Op, ...] | None:
-        """The layers of a model; None where some of them cannot be joined, or the original cannot do without others."""
+        """The layers of a model; None if some cannot be joined, or some of the dropped ones are required."""
         found = tuple(
             self._join(attention // 2, mlp // 2) for attention, mlp in zip(kept[::2], kept[1::2], strict=True)
         )
@@ -170,7 +172,7 @@ class _Search:
         return self._joined[attention, mlp]
 
     def _initial(self) -> list[Kept]:
-        """What the search starts from: least influence, blocks of adjacent layers, and random layers."""
+        """The initial population: drops of least influence, of blocks of adjacent layers, and of random layers."""
         removed = self.depth - self.target
         influence = [measure.influence for measure in self.model.measures]
         dropped: list[Iterable[int]] = [sorted(range(self.depth), key=lambda layer: influence[layer])[:removed]]
@@ -185,7 +187,7 @@ class _Search:
         return found
 
     def _offspring(self, parent: Kept) -> list[Kept]:
-        """Distinct mutations of a model, none of which was evaluated on all of the text; fewer where there are none."""
+        """Distinct mutations of a model that were not evaluated on all of the text; maybe fewer than asked for."""
         found: dict[Kept, None] = {}
         for _ in range(self.settings.offspring):
             for _ in range(_TRIES):
@@ -206,7 +208,7 @@ class _Search:
         return self.random.choice([tuple(sorted((*left, *pair))) for pair in pairs(left, self.depth, half=half)])
 
     def _select(self, tried: list[Kept], parent: Kept | None) -> Kept:
-        """The best of some models and their parent: ever fewer see ever more of the text."""
+        """The best of some models and their parent, in stages: fewer and fewer models on more and more text."""
         number = len(tried)
         for size, left in _sizes(number, self.number):
             start = self.random.randrange(self.number - size + 1)
@@ -219,7 +221,7 @@ class _Search:
         return self.losses[kept, 0, self.number] / float(self.model.counts_N.sum())
 
     def _evaluate(self, tried: Sequence[Kept], rows: slice) -> dict[Kept, float]:
-        """The summed loss of models on some sequences; those that were run on them before are not run again."""
+        """The summed loss of models on some sequences; known losses are reused."""
 
         def key(kept: Kept) -> tuple[Kept, int, int]:
             return kept, rows.start, rows.stop
@@ -234,7 +236,7 @@ class _Search:
         return {kept: self.logged[key(kept)] for kept in tried}
 
     def _change(self, kept: Kept) -> Change:
-        """A model, as what it is after the layers that it has in common with the original."""
+        """A model as a change of the original: its layers after the shared prefix."""
         ops = self.ops(kept)
         assert ops is not None
         first = next((index for index, op in enumerate(ops) if op != self.model.ops[index]), len(ops))
@@ -242,12 +244,12 @@ class _Search:
 
 
 def words_of(kept: Sequence[int], depth: int) -> str:
-    """What a model of a number of layers lacks, for a person: `layers 4 to 6; MLP of 9 to attention of 11`."""
+    """The sub-blocks that a model lacks, in words: `layers 4 to 6; mlp 9 to attention 11`."""
     words = []
     for first, end in _runs([place for place in range(2 * depth) if place not in kept]):
         start, last = first // 2, (end - 1) // 2
         if first % 2:
-            words.append(f"MLP of {start} to attention of {last}")
+            words.append(f"mlp {start} to attention {last}")
         else:
             words.append(f"layer {start}" if start == last else f"layers {start} to {last}")
     return "; ".join(words)
@@ -257,7 +259,7 @@ def pairs(kept: Kept, depth: int, *, half: bool) -> list[tuple[int, int]]:
     """Sub-blocks that can come back, two at a time, so that every attention is followed by an MLP again.
 
     Args:
-        kept: those of a model of whole layers, ascending.
+        kept: the sub-blocks of a model of whole layers, ascending.
         depth: the original's number of layers.
         half: whether the two may be parts of different layers.
     """
@@ -271,12 +273,12 @@ def pairs(kept: Kept, depth: int, *, half: bool) -> list[tuple[int, int]]:
 
 
 def _sizes(number: int, sequences: int) -> list[tuple[int, int]]:
-    """For each stage but the last, the sequences that are seen, and how many models are left after it."""
+    """For each stage but the last: the number of sequences, and of models that survive it."""
     return [(math.ceil(sequences * size), math.ceil(number * left)) for size, left in _STAGES]
 
 
 def _passes(number: int, sequences: int) -> float:
-    """Models on all of the text that a selection among a number of them runs, at most."""
+    """The cost of a selection among a number of models at most, in runs of one model over all of the text."""
     run = 0
     for size, left in _sizes(number, sequences):
         run += number * size
@@ -285,7 +287,7 @@ def _passes(number: int, sequences: int) -> float:
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of adjacent numbers, as first and one after the last."""
+    """Runs of adjacent numbers, as (first, last + 1)."""
     start = 0
     for place, row in enumerate(rows, start=1):
         if place == len(rows) or rows[place] != row + 1:

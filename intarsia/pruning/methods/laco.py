@@ -1,20 +1,20 @@
-"""LaCo: collapse following layers into a prior one by adding their differences to it.
+"""LaCo: collapse layers into an earlier one by adding their differences to it.
 
 Source: Yang et al., LaCo, arXiv 2402.11187. A pointer l goes down from the deepest layers. There the C layers from l
 on become theta_l + sum_{k=1}^{C-1} (theta_{l+k} - theta_l); if the mean cosine similarity of the final hidden states
 to those of the original model, over a few sequences, is above the threshold, the merge stays and the pointer moves
 down by the interval, else by one.
 
-Deviations. The number of layers is the goal here, in the paper the result: where the pointer comes to the lowest
-layer before the target is reached, the threshold is lowered by 0.05 and the pointer starts at the deepest layers
-again, and the last merge takes only as many layers as are left to remove. (Of two layers this rule keeps just the
-second.) Norm weights and biases are merged like all others; the published notebook leaves the norms of the base.
-Layers of different attention types are never merged. The few sequences are the first ones of the calibration set.
+Deviations. The number of layers is given here, and a result in the paper: if the pointer reaches the lowest layer
+before the target is reached, the threshold drops by 0.05 and the pointer starts at the deepest layers again; the last
+merge takes only as many layers as are still to be removed. (Of two layers the sum is just the second.) Norm weights and
+biases are merged like all others; the published notebook keeps the base's norms. Layers of different attention types
+are never merged. The few sequences are the first of the calibration set.
 
-The notebook also subtracts the base as it has been changed by then, so that its sum telescopes to the last layer of the
-merge: what was published as merging drops the others. This follows the formula, which needs layers whose weights are
-alike; where they are not, as in the demo model, its sum is no layer (dev/LOG.md). `--preset paper` does what the
-notebook does, all but the norms.
+The notebook also subtracts the already changed base, so that its sum telescopes to the last layer of the merge: its
+merging drops the others. The default follows the paper's formula, which needs layers with similar weights; without
+them, as in the demo model, the sum does not work as a layer (dev/LOG.md). `--preset paper` follows the notebook, except
+for the norms.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _LEAST = -1.05  # every finite similarity is above it
 class LacoSettings(ProgressiveSettings):
     """How LaCo decides."""
 
-    # Adjacent layers that become one in a step (C); the default is the paper's for 7 billion parameters.
+    # Adjacent layers to merge in a step (C); the default is the paper's for 7 billion parameters.
     merge: int = flag(4, "--laco-merge")
-    # Least similarity to the original model at which a merge is accepted, at first.
+    # Least similarity to the original model at which a merge is accepted, before it is lowered.
     threshold: float = flag(0.65, "--laco-threshold")
     # Layers by which the pointer moves down after a merge (I).
     interval: int = flag(2, "--laco-interval")
     # The first layer, from 0, that others may collapse into (L).
     lowest: int = flag(1, "--laco-lowest")
-    # Layers after the first N are not merged at first (H; default: all may be).
+    # First merge only among the first N layers (H; default: all).
     highest: int | None = flag(None, "--laco-highest", metavar="N")
-    # The formula of the paper, or what the published notebook computes: its sum is the last layer of a merge.
+    # The formula of the paper, or of the published notebook, whose sum is the last layer of a merge.
     formula: Literal["paper", "notebook"] = flag("paper", "--laco-formula")
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"formula": "notebook"}}
@@ -111,7 +111,7 @@ class Laco(Progressive):
         )
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> int:
-        """Every merge may be tried on the first sequences, as the original once is; then the model is measured."""
+        """Every merge may be tried on the first sequences, and the original once; then the model is measured."""
         depth = architecture.n_layers
         share = min(1.0, SEQUENCES / sequences)
         return (
@@ -164,8 +164,10 @@ def collapsed(ops: Sequence[Op]) -> Op:
 
 
 def _normed_with(model: Intermediate, start: int, count: int, ops: Sequence[Op]) -> Tensor:
-    """What the head would read of the first sequences if `ops` stood in the place of `count` layers: H^L after the
-    final norm, float32 `[sequences, tokens * width]` on the CPU. Padding is zero."""
+    """H^L of the first sequences after the final norm, with `ops` in place of `count` layers.
+
+    Float32 `[sequences, tokens * width]` on the CPU; padding is zero.
+    """
     import torch
 
     found: list[Tensor] = []

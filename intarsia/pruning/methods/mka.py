@@ -1,18 +1,18 @@
-"""MKA: merge the last two layers again and again, weighted by how alike what they know is.
+"""MKA: repeatedly merge the last two layers, weighted by the similarity of their outputs.
 
-Source: Liu et al., Pruning via Merging, EMNLP 2024 (main 987), arXiv 2406.16330. What a layer does to the calibration
-tokens is embedded by a diffusion map; the similarity of two layers is the mutual information of their embeddings over
+Source: Liu et al., Pruning via Merging, EMNLP 2024 (main 987), arXiv 2406.16330. The layer's outputs on the calibration
+tokens are embedded by a diffusion map; the similarity of two layers is the mutual information of their embeddings over
 the geometric mean of their entropies (normalised pairwise information bottleneck), S_lm = I(l; m) / sqrt(H(l) H(m));
 the merged layer is S_lm * theta_l + (1 - S_lm) * theta_m, l the earlier one. Similarities are measured once, on the
-whole model; a merged layer counts as the first that is in it.
+whole model; a merged layer counts as the first of its layers.
 
-Deviations. Samples are hidden states of at most 512 tokens, evenly spaced over the calibration set (published:
-prompts of one task). The kernel is exp(-d^2 / median d^2), so that it fits every width (published code: one fixed
-bandwidth). Entropies and mutual information are those of equally filled cells of the embedding, in which S_ll is 1
-and nothing is above 1 (published code: nearest neighbours, for which neither is so). The weight is S_lm as in the
-paper; the published code takes a sigmoid, which hardly depends on it. Norms are merged like all weights (published
-code: those of the earlier layer stay). Where the last two layers have different attention types, the deepest two
-adjacent ones of one type are merged.
+Deviations. Samples are hidden states of at most 512 tokens, evenly spaced over the calibration set (published: prompts
+of one task). The kernel is exp(-d^2 / median d^2), which suits every width (published code: one fixed bandwidth).
+Entropies and mutual information are those of equally filled cells of the embedding, so that S_ll is 1 and nothing
+exceeds 1 (published code: nearest neighbours, without these properties). The weight is S_lm as in the paper; the
+published code takes a sigmoid, which hardly depends on it. Norms are merged like all weights (published code: the
+earlier layer's norms). If the last two layers have different attention types, the deepest two adjacent layers of one
+type are merged.
 
 Shape suffixes: `S` samples, `D` residual width, `E` embedding.
 """
@@ -43,12 +43,12 @@ _SAMPLES_A_CELL = 5
 
 @planner("mka", paper="2406.16330")
 class Mka(Planner):
-    """Merge from the end, with weights from how alike two layers are."""
+    """Merge from the end, weighted by the similarity of the two layers."""
 
     joins = True
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """Merge the deepest two adjacent layers that may be."""
+        """Merge the deepest two adjacent layers of one attention type."""
         similarities: list[float] = history[0]["similarities"] if history else adjacent_similarities(model)
         for start in reversed(range(model.depth - 1)):
             pair = model.ops[start : start + 2]
@@ -95,7 +95,7 @@ def diffusion_map(x_SD: Tensor, coordinates: int) -> Tensor:
 def cells_of(x_SE: Tensor) -> Tensor:
     """The cell of each sample, `[S]`: every coordinate is cut into equally filled parts.
 
-    As many parts as leave a few samples for each pair of cells of two layers, and at least two.
+    The number of parts leaves a few samples for each pair of cells of two layers, and is at least two.
     """
     import torch
 
@@ -110,7 +110,7 @@ def cells_of(x_SE: Tensor) -> Tensor:
 
 
 def normalised_information(first_S: Tensor, second_S: Tensor) -> float:
-    """I(first; second) / sqrt(H(first) H(second)) of two labellings of the same samples; 1 where one says nothing."""
+    """I(first; second) / sqrt(H(first) H(second)) of two labellings of the same samples; 1 if one is constant."""
     joint = float(_entropy(first_S * (int(second_S.max()) + 1) + second_S))
     first, second = _entropy(first_S), _entropy(second_S)
     if first <= 0.0 or second <= 0.0:

@@ -1,7 +1,7 @@
 """Reverse order: drop the last layer, then the one before it, and so on.
 
 Source: the baseline of that name in Lu et al., arXiv 2411.15558: a layer's importance is the inverse of its position.
-The simple heuristic of arXiv 2403.17887, which keeps the very last layer, is another one.
+It differs from the simple heuristic of arXiv 2403.17887, which keeps the very last layer.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ class Reverse(OneShot):
     passes = 0
 
     def score(self, model: Intermediate) -> list[float]:
-        """The deeper, the less."""
+        """Deeper layers get lower scores."""
         return [float(-index) for index in range(model.depth)]

@@ -5,10 +5,9 @@ Source: Kim et al., Shortened LLaMA, arXiv 2402.02834: the score of a layer is s
 sum_k sum_ij |dL/dW^k_ij * W^k_ij| with L the mean next-token loss of the calibration set, over its linear weights W^k.
 The plus variants never drop the first four and the last two layers.
 
-Deviation: norm weights do not count, as the paper has it (its code adds them; they are some thousandths of the sum).
-The gradient is taken layer by layer: the hidden states before a layer are there from the calibration pass, so one layer
-at a time is run again with gradients, and only its weights' gradients and one gradient of the residual stream are in
-memory.
+Deviation: norm weights do not count, as in the paper (its code adds them; they are some thousandths of the sum). The
+gradient is taken layer by layer: the calibration pass left the hidden states before each layer, so one layer at a time
+runs again with gradients, and memory holds only its weights' gradients and one gradient of the residual stream.
 
 Shape suffixes: `B` sequences, `T` tokens, `D` residual width, `V` vocabulary.
 """
@@ -60,7 +59,7 @@ class MagnitudePlus(Magnitude):
 
 
 def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
-    """The weights of the linear modules of a layer (awake), in the architecture's order; of experts all together."""
+    """The weights of a layer's linear modules (awake), in the architecture's order; those of experts together."""
     from intarsia.building.layer import parameter_name
 
     architecture = model.architecture
@@ -72,7 +71,7 @@ def linear_weights(model: Intermediate, index: int) -> list[Tensor]:
 
 
 LAYERS_A_PASS = 3
-"""Layer-forwards that running a layer with gradients costs: forward once, and backward about twice that."""
+"""Layer-forwards of one layer with gradients: the forward, and about twice that for the backward."""
 
 
 @planner("taylor", paper="2402.02834")
@@ -82,7 +81,7 @@ class Taylor(OneShot):
     passes = 1 + LAYERS_A_PASS
 
     def score(self, model: Intermediate) -> list[float]:
-        """The first-order change of the loss with each layer's weights, added up without regard to sign."""
+        """The sum of absolute first-order changes of the loss over each layer's weights."""
         return saliences(model)
 
 
@@ -115,7 +114,7 @@ def saliences(model: Intermediate) -> list[float]:
 
 
 def gradients_after_the_last(model: Intermediate, grads: HiddenStore) -> None:
-    """Put the gradient of the summed loss by H^L into `grads`, one sequence at a time: logits are large."""
+    """Store the gradient of the summed loss by H^L in `grads`, one sequence at a time: logits are large."""
     import torch
 
     from intarsia.activations.statistics import require_finite
@@ -135,7 +134,7 @@ def gradients_after_the_last(model: Intermediate, grads: HiddenStore) -> None:
 
 
 def _summed_loss(logits_TV: Tensor, ids_T: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Summed next-token loss of one sequence over the predictions of which both tokens are real."""
+    """Summed next-token loss of one sequence, over pairs of real tokens."""
     from torch.nn.functional import cross_entropy
 
     targets_T = ids_T[1:] if mask_T is None else ids_T[1:].masked_fill(~(mask_T[:-1] & mask_T[1:]), -100)
@@ -143,7 +142,7 @@ def _summed_loss(logits_TV: Tensor, ids_T: Tensor, mask_T: Tensor | None) -> Ten
 
 
 def _through(model: Intermediate, grads: HiddenStore, index: int) -> float:
-    """Turn `grads` from the gradient after a layer into that before it.
+    """Replace the gradient after a layer in `grads` by that before it.
 
     Returns:
         Sum of |gradient * weight| over the layer's linear weights, for the summed loss.

@@ -1,7 +1,7 @@
-"""SLEB: remove, one after the other, the layer without which the calibration loss is least.
+"""SLEB: remove, one after the other, the layer whose removal gives the least calibration loss.
 
 Source: Song et al., arXiv 2402.09025. Deviation: candidates are raced (published, and with `racing` off: all of them
-see the whole calibration text). Each is run from the kept hidden states before it.
+run on the whole calibration text). Each runs from the kept hidden states before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SlebSettings(ProgressiveSettings):
     """How SLEB decides."""
 
-    # Give a candidate up as soon as it is clearly worse than the best on part of the calibration text.
+    # Eliminate candidates that are clearly worse than the best on part of the calibration text.
     racing: bool = True
     # Also try to drop the MLP of each layer with the attention of the next one.
     half_layers: bool = False
@@ -34,14 +34,14 @@ class SlebSettings(ProgressiveSettings):
 
 @planner("sleb", settings=SlebSettings, paper="2402.09025")
 class Sleb(Progressive):
-    """Drop the layer without which the calibration loss is least."""
+    """Drop the layer whose removal gives the least calibration loss."""
 
     def __init__(self, settings: SlebSettings) -> None:
         super().__init__(settings)
         self.settings = settings
 
     def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
-        """Try the model without each layer, and without the half-layers between two, where that is wanted."""
+        """Try the model without each layer and, on request, without each MLP and the attention after it."""
         tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
         if not tried:
             return []
@@ -62,11 +62,11 @@ class Sleb(Progressive):
         }
         op = change.ops[0] if change.ops else None
         if op is not None:
-            evidence["dropped"] = f"the MLP of layer {change.start}, the attention of layer {change.start + 1}"
+            evidence["dropped"] = f"mlp {change.start} and attention {change.start + 1}"
         return [Step(start=change.start, count=change.count, op=op, evidence=evidence)]
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
-        """Every layer is tried, at the cost of those after it; then the model is measured."""
+        """Each removal re-runs the layers after it; then the model is measured."""
         tried = 2 if self.settings.half_layers else 1
         return architecture.n_layers + sum(
             tried * share_at_most(tried * current, sequences, racing=self.settings.racing) * current * (current - 1) / 2

@@ -17,24 +17,24 @@ from intarsia.tailoring.space import Space
 class EvolveSettings:
     """Options of the evolutionary engine."""
 
-    # Candidates to score before there are children.
+    # Random candidates before the first children.
     initial: int = 8
-    # Best candidates that children are made of.
+    # Number of best candidates that become parents.
     parents: int = 5
-    # Share of new candidates that are drawn at random.
+    # Share of new candidates drawn at random.
     fresh: float = 0.02
-    # Share of children that have two parents.
+    # Share of children with two parents.
     crossover: float = 0.35
-    # Chance of another mutation after each.
+    # Probability of another mutation after each one.
     again: float = 0.6
 
     def __post_init__(self) -> None:
         shares = {"fresh": self.fresh, "crossover": self.crossover, "again": self.again}
         check(
-            (self.initial >= 1, f"--initial is {self.initial}; it is at least 1.", "Give a larger number."),
-            (self.parents >= 1, f"--parents is {self.parents}; it is at least 1.", "Give a larger number."),
+            (self.initial >= 1, f"--initial is {self.initial}; it must be at least 1.", "Give a larger number."),
+            (self.parents >= 1, f"--parents is {self.parents}; it must be at least 1.", "Give a larger number."),
             *(
-                (0.0 <= share < 1.0, f"--{name} is {share}; it is a share below 1.", "Give a number from 0 to 1.")
+                (0.0 <= share < 1.0, f"--{name} is {share}; it must be a share below 1.", "Give a number from 0 to 1.")
                 for name, share in shares.items()
             ),
         )
@@ -49,10 +49,10 @@ class Evolve(Staged):
         self.settings = settings
 
     def propose(self, stages: Sequence[Stage], rng: Random) -> tuple[Candidate, str]:
-        """A child of the best for weights that are drawn anew."""
+        """A child of the best candidates under newly drawn weights."""
         known = {candidate for stage in stages for candidate in stage.costs}
         if len(known) < self.settings.initial:
-            # The base without some layers of its middle is far better than what is drawn from the whole space.
+            # The base without some of its middle layers is far better than random candidates of the whole space.
             plain = rng.random() < 0.5
             return (self.space.random_middle(rng), "random middle") if plain else (self.space.random(rng), "random")
         if rng.random() < self.settings.fresh:
@@ -68,7 +68,7 @@ class Evolve(Staged):
         return child, origin
 
     def _best(self, stages: Sequence[Stage], weights: Sequence[float]) -> list[Candidate]:
-        """The parents for these weights: the best at the greatest budget, then those below, each once."""
+        """The parents under these weights: the best at the greatest budget, then those at lower ones, each once."""
         found: dict[Candidate, None] = {}
         for stage in reversed(stages):
             # Scores on few examples say little compared with those on many.
@@ -80,7 +80,7 @@ class Evolve(Staged):
 
 
 def _drawn(best: Sequence[Candidate], rng: Random) -> Candidate:
-    """The better of two."""
+    """The better of two candidates drawn at random."""
     return best[min(rng.randrange(len(best)), rng.randrange(len(best)))]
 
 
@@ -88,11 +88,10 @@ _EVERYWHERE = 0.2
 
 
 def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
-    """A candidate one random step away: a swap, or a source, merge, join or scale changed, each kind as likely.
+    """A candidate one random step away: a swap, or a change of source, merge, join or scale, each kind equally likely.
 
-    A step from or to a merge is one layer's, or one time in five that of all layers which are as it is: what is good
-    for one is often good for all, and one alone is hard to see in the cost. A space of a single candidate gives that
-    one back.
+    A step from or to a merge changes one layer, or one time in five all layers with the same choice: what is good for
+    one is often good for all, and the effect of one alone is small. A space with a single candidate returns it.
     """
     changed = space.changed(candidate.positions)
     kept = [layer for layer in range(space.depth) if layer not in changed]
@@ -104,7 +103,7 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
         if kind == "swap":
             if changed and kept:
                 new, choices = rng.choice(kept), candidate.by_slot()
-                # The layer that returns is the base's, or takes over what was chosen for the one that it replaces.
+                # The returning layer is the base's, or takes the choice of the layer that it replaces.
                 moved = choices.get((new, 0)) if rng.random() < 0.5 else None
                 old = rng.choice(changed)
                 if moved is not None and space.kind == "cut":
@@ -123,7 +122,7 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
 
 
 def crossover(space: Space, first: Candidate, second: Candidate, rng: Random) -> Candidate:
-    """A child of two: what both remove is removed, and each layer is as in a parent that has it."""
+    """A child of two: layers that both remove are removed, and each other layer comes from a parent that has it."""
     ours, theirs = set(space.changed(first.positions)), set(space.changed(second.positions))
     common = sorted(ours & theirs)
     changed = [*common, *rng.sample(sorted(ours ^ theirs), space.changes - len(common))]
@@ -134,7 +133,7 @@ def crossover(space: Space, first: Candidate, second: Candidate, rng: Random) ->
 
 
 def layer_steps(space: Space, candidate: Candidate, index: int) -> Mapping[str, list[Choice]]:
-    """What one output layer could be instead, a step away, by kind: source, merge, concat, scale."""
+    """The choices one step away for an output layer, by kind: source, merge, concat, scale."""
     position, choice = candidate.items()[index]
     shares = space.joins(position, candidate.positions)
     if isinstance(choice, Join):

@@ -1,11 +1,11 @@
 """SMAC (Lindauer et al., JMLR 23, 2022): a random forest proposes, Hyperband promotes, ParEGO joins objectives.
 
-The search space is given to it in the terms of ConfigSpace.
+The search space is written as a ConfigSpace.
 
-Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such; what is
-chosen for a layer is active only where the layer is kept, a method's settings only where the method is chosen, and so
-on. Flags that remove too many or too few layers are corrected, as are merges of too few members: `candidate` is defined
-for every configuration, and `configuration` gives the one that says exactly what a candidate is.
+Each layer of the base has a flag, `kept` or `removed`, so that the surrogate model sees the subset as such. Choices for
+a layer are active only if it is kept, settings of a method only if it is chosen, and so on. Flags that remove too many
+or too few layers are corrected, as are merges of too few members: `candidate` is defined for every configuration, and
+`configuration` gives the exact one of a candidate.
 
 Names: `012.op` is the op of layer 12, `012.mlp.method` the method for its MLP, `012b.op` that of its second copy in a
 stack.
@@ -41,28 +41,28 @@ _YES, _NO = "yes", "no"
 _CONCAT, _HALVES = "concat", "half-layers"
 _ENDLESS = 10**9
 Condition: TypeAlias = tuple[Any, Sequence[str]]
-"""A hyperparameter, and the values of it at which another one means something."""
+"""A hyperparameter, and the values at which another one is active."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigurationMap:
-    """Between configurations and the candidates of a space."""
+    """Translates between configurations and candidates of a space."""
 
     space: Space
 
     def configuration_space(self, seed: int = 0) -> ConfigurationSpace:
-        """The space for ConfigSpace."""
+        """The space as a ConfigSpace."""
         from ConfigSpace import ConfigurationSpace
 
         found, writer = ConfigurationSpace(seed=seed), _Writer(self.space)
         for position in self.space.starts:
             writer.position(position)
-        # All at once: ConfigSpace sorts everything anew whenever something is added.
+        # All at once: ConfigSpace sorts everything on every addition.
         found.add(*writer.parameters, *writer.conditions)
         return found
 
     def candidate(self, configuration: Mapping[str, Any]) -> Candidate:
-        """The candidate that a configuration means."""
+        """The candidate of a configuration."""
         values, space = dict(configuration), self.space
         changed = self._changed(values)
         slots = [(position, 0) for position in space.starts]
@@ -70,7 +70,7 @@ class ConfigurationMap:
         return space.arrange(changed, {slot: self._choice(_name(*slot), values) for slot in slots})
 
     def configuration(self, candidate: Candidate, space: ConfigurationSpace) -> Configuration:
-        """A candidate in the words of `space`, which `configuration_space` has made."""
+        """A candidate as a configuration of `space`, which `configuration_space` made."""
         from ConfigSpace import Configuration
 
         values: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class ConfigurationMap:
         return Configuration(space, values=known)
 
     def _changed(self, values: Mapping[str, Any]) -> list[int]:
-        """The flagged layers; if they are too many or too few, some are drawn, the same for the same flags."""
+        """The flagged layers; corrected at random, but reproducibly, if they are too many or too few."""
         if not self.space.changes:
             return []
         other = _KEPT[self.space.kind][1]
@@ -141,7 +141,7 @@ def _name(position: int, occurrence: int = 0) -> str:
 
 
 class _Writer:
-    """Collects the hyperparameters of a space, and the conditions under which each means something."""
+    """Collects the hyperparameters of a space, and the conditions under which each is active."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -149,7 +149,7 @@ class _Writer:
         self.conditions: list[Any] = []
 
     def position(self, position: int) -> None:
-        """Everything about one layer (or group)."""
+        """Add the hyperparameters of one layer (or group)."""
         name = _name(position)
         if not self.space.changes:
             self.layer(name, position, None)
@@ -162,7 +162,7 @@ class _Writer:
             self.layer(_name(position, 1), position, (flag, [other]))
 
     def layer(self, name: str, position: int, condition: Condition | None) -> None:
-        """What a layer is."""
+        """Add the choice of one layer."""
         space, singles = self.space, self.space.menu.singles
         runs = range(1, min(space.changes, space.depth - 1 - position) + 1)
         shares = {share for run in runs for share in space.joins(position, [position + run + 1])}
@@ -181,7 +181,7 @@ class _Writer:
             self.ordinal(f"{name}.scale", space.scales, (op, kept), default=1.0)
 
     def blend(self, name: str, op: Any, whole: list[str]) -> None:
-        """Which members, and how they are merged."""
+        """Add the members of a blend, and how they are merged."""
         menu = self.space.menu
         self.category(f"{name}.variant", menu.singles, (op, whole))
         if not menu.methods:
@@ -193,26 +193,26 @@ class _Writer:
                 self.category(f"{name}.with.{member}", [_YES, _NO], (method, taking))
         for key in dict.fromkeys(key for other in menu.methods for key in menu.grids[other]):
             having = [other for other in menu.methods if key in menu.grids[other]]
-            # A value that another method alone has becomes the nearest one.
+            # A value that only another method has becomes the nearest one.
             grid = {value for other in having for value in menu.grids[other][key]}
             values = sorted(value for value in grid if not (key == "lambda" and value == 0.0))
             self.ordinal(f"{name}.{key}", values, (method, having))
 
     def category(self, name: str, words: Sequence[str], condition: Condition | None = None, **more: Any) -> Any:
-        """A choice between words; the first one is the default."""
+        """Add a choice between names; the first is the default."""
         from ConfigSpace import CategoricalHyperparameter
 
         return self.add(CategoricalHyperparameter(name, list(words), default_value=words[0], **more), condition)
 
     def ordinal(self, name: str, grid: Sequence[float], condition: Condition, default: float | None = None) -> None:
-        """A choice between numbers that have an order; the middle one is the default."""
+        """Add a choice between ordered numbers; the middle one is the default."""
         from ConfigSpace import OrdinalHyperparameter
 
         middle = grid[len(grid) // 2] if default is None else default
         self.add(OrdinalHyperparameter(name, list(grid), default_value=middle), condition)
 
     def add(self, parameter: Any, condition: Condition | None) -> Any:
-        """Add a hyperparameter that is active where its parent has one of these values."""
+        """Add a hyperparameter that is active if its parent has one of these values."""
         from ConfigSpace import InCondition
 
         self.parameters.append(parameter)
@@ -227,7 +227,7 @@ class SmacSettings:
 
     # Candidates of the initial design.
     initial: int = 10
-    # Configurations that its model looks at for each proposal.
+    # Configurations that the surrogate model ranks for each proposal.
     challengers: int = 1000
     # Local searches for each proposal.
     local_searches: int = 5
@@ -235,7 +235,10 @@ class SmacSettings:
     def __post_init__(self) -> None:
         numbers = {"initial": self.initial, "challengers": self.challengers, "local-searches": self.local_searches}
         check(
-            *((n >= 1, f"--{name} is {n}; it is at least 1.", "Give a larger number.") for name, n in numbers.items())
+            *(
+                (n >= 1, f"--{name} is {n}; it must be at least 1.", "Give a larger number.")
+                for name, n in numbers.items()
+            )
         )
 
 
@@ -244,10 +247,10 @@ class Smac:
     """SMAC3 with multi-fidelity and ParEGO, as published."""
 
     def __init__(self, task: Task, settings: SmacSettings) -> None:
-        """Set SMAC up.
+        """Set up SMAC.
 
         Raises:
-            UserError: it is not installed.
+            UserError: SMAC is not installed.
         """
         self.check()
         from smac import MultiFidelityFacade, Scenario
@@ -260,31 +263,32 @@ class Smac:
         self._map = ConfigurationMap(space=task.space)
         self._configurations = self._map.configuration_space(task.seed)
         self._origins = {start.candidate: start.origin for start in reversed(task.starts)}
-        # Questions of SMAC without an answer, by candidate and budget.
+        # Trials of SMAC without a result, by candidate and budget.
         self._open: dict[tuple[Candidate, int], list[Any]] = {}
-        # Trials of an earlier search, until SMAC's first question: before it they would fill its first stage.
+        # Trials of an earlier search; held until SMAC's first proposal, because earlier they would fill its first
+        # stage.
         self._early: list[tuple[Candidate, int, tuple[float, ...]]] = []
         self._seed: int | None = None
         self._worst = [1.0] * len(task.objectives)
-        # SMAC wants a folder for its own files; nothing in it is needed.
+        # SMAC needs a folder for its own files, which nothing reads.
         folder = Path(tempfile.mkdtemp(prefix="intarsia-smac-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         objectives, levels, most = list(task.objectives), len(task.budgets), float(task.budgets[-1])
         least = most / task.eta ** (levels - 1) * 0.999 if levels > 1 else most
         self._budgets = task.budgets
-        # Its own budgets, which are not whole numbers.
+        # SMAC's budgets, which are not whole numbers.
         self._stages: list[float] = determine_HB(least, most, task.eta)["budgets_in_stage"][0]
         scenario = Scenario(
             self._configurations,
             objectives=objectives if len(objectives) > 1 else objectives[0],
             deterministic=True,
-            n_trials=_ENDLESS,  # what SMAC does next must not depend on how long the search is
+            n_trials=_ENDLESS,  # proposals must not depend on the length of the search
             min_budget=least,
             max_budget=most,
             seed=task.seed,
             output_directory=folder,
         )
-        # A candidate has one configuration here, so that starts and reported costs are recognised.
+        # Each candidate has one configuration, so that SMAC recognises starts and reported costs.
         starts = [self._map.configuration(each, self._configurations) for each in self._first(task, settings.initial)]
         facade = MultiFidelityFacade
         self._facade: Any = facade(
@@ -306,7 +310,7 @@ class Smac:
         """Check that SMAC is installed.
 
         Raises:
-            UserError: naming the extra that has it.
+            UserError: it is not; the hint names the extra to install.
         """
         try:
             import smac  # noqa: F401
@@ -315,7 +319,7 @@ class Smac:
             raise missing_package("smac", where="engine smac", extra="search", instead=instead, error=error) from error
 
     def _first(self, task: Task, count: int) -> list[Candidate]:
-        """The initial design: starts, and others at random. A small space may have fewer candidates."""
+        """The initial design: starts, then random candidates; a small space may have fewer."""
         found, rng = dict.fromkeys(start.candidate for start in task.starts), Random(task.seed)
         for _ in range(100 * count):
             if len(found) >= count:
@@ -324,14 +328,14 @@ class Smac:
         return list(found)
 
     def ask(self, n: int) -> list[Ask]:
-        """SMAC's next trials; fewer where it finds no new configuration."""
+        """SMAC's next trials; fewer if it finds no new configuration."""
         return list(islice(iter(self._next, None), n))
 
     def _next(self) -> Ask | None:
         from smac.main.exceptions import ConfigurationSpaceExhaustedException
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's, of means of nothing
+            warnings.simplefilter("ignore")  # numpy warns about means of empty arrays
             try:
                 info = self._facade.ask()
             except (StopIteration, ConfigurationSpaceExhaustedException):
@@ -340,7 +344,7 @@ class Smac:
         early, self._early = self._early, []
         for trial in early:
             self.tell(*trial)
-        # ConfigSpace's words are numpy's, which print otherwise; a candidate from the log has plain ones.
+        # ConfigSpace gives numpy strings, which print differently from the plain ones in the log.
         candidate = from_plain(to_plain(self._map.candidate(info.config)))
         budget = min(self._budgets, key=lambda budget: abs(budget - info.budget))
         earlier = self._facade.runhistory.get_trials(info.config, False)
@@ -351,7 +355,7 @@ class Smac:
         return Ask(candidate=candidate, budget=budget, origin=origin)
 
     def tell(self, candidate: Candidate, budget: int, costs: tuple[float, ...] | None) -> None:
-        """Into SMAC's run history. What it did not ask for counts where it succeeded at one of the budgets."""
+        """Add a result to SMAC's run history; one it did not ask for counts if it succeeded at one of the budgets."""
         from smac.runhistory import StatusType, TrialInfo, TrialValue
 
         waiting = self._open.get((candidate, budget))
@@ -366,13 +370,13 @@ class Smac:
             own = min(self._stages, key=lambda stage: abs(stage - budget))
             config = self._map.configuration(candidate, self._configurations)
             info = TrialInfo(config=config, seed=self._seed, budget=own)
-        # What has failed costs more than anything else, of the same magnitude: SMAC scales by the range of all costs.
+        # A failure costs a little more than the worst: SMAC scales by the range of all costs.
         found = [2.0 * abs(worst) + 1.0 for worst in self._worst] if costs is None else list(costs)
         if costs is not None:
             self._worst = [max(pair) for pair in zip(self._worst, costs, strict=True)]
         value = TrialValue(
             cost=found if len(found) > 1 else found[0],
-            time=0.0,  # no clock decides anything
+            time=0.0,  # no result depends on a clock
             status=StatusType.CRASHED if costs is None else StatusType.SUCCESS,
         )
         with warnings.catch_warnings():
