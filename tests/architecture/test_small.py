@@ -72,5 +72,5 @@ def test_experts_and_tokens() -> None:
 
 def test_a_config_that_transformers_refuses() -> None:
     config = {**small_config(large("llama")), "hidden_act": "unheard_of"}
-    with pytest.raises(UserError, match=r"no small model of type llama.*unheard_of.*\[tiny\]"):
+    with pytest.raises(UserError, match=r"small model of type llama.*unheard_of.*\[tiny\]"):
         small_model(config)
