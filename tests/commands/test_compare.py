@@ -370,7 +370,7 @@ def test_a_folder_of_something_else(model_folder: Folder, halves: Sizes, tmp_pat
     model = str(model_folder("llama"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thing").write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         compare(model, tmp_path / "else", methods="reverse", layers=[5], **halves)
 
 

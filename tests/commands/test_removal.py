@@ -270,7 +270,7 @@ def test_a_recipe_may_leave_no_layer_of_a_kind(folder_of: Any, tmp_path: Path) -
     layers = [op for op, kind in zip(whole.layers, kinds, strict=True) if kind == "conv"]
     schema.save(whole.with_layers(layers), tmp_path / "recipe.yaml")
     done = invoke("build", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
-    assert done.exit_code == 0 and "no layer of kind full_attention stays" in done.stderr
+    assert done.exit_code == 0 and "no layer of kind full_attention is left" in done.stderr
 
 
 @pytest.mark.parametrize(

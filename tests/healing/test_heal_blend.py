@@ -218,7 +218,7 @@ def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], t
     (tmp_path / "uncut" / "uncut").mkdir(parents=True)
     (tmp_path / "file").write_text("", encoding="utf-8")
     for run in (tmp_path / "mine", tmp_path / "uncut", tmp_path / "file"):
-        with pytest.raises(UserError, match="no run folder"):
+        with pytest.raises(UserError, match="not a run folder"):
             heal(made, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32, run=run)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     assert [path.name for path in (tmp_path / "uncut").iterdir()] == ["uncut"]
