@@ -324,7 +324,7 @@ def _show_compressed(data: Mapping[str, Any], console: Console) -> None:
 def _show_mapping(data: Mapping[str, Any], console: Console, indent: str = "") -> None:
     for key, value in data.items():
         rows = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-        if value is None:
+        if value is None or value == {}:
             continue
         if rows and all(isinstance(row, Mapping) for row in rows):
             console.print(Text(f"{indent}{title_of(key)}", style="bold"))

@@ -30,6 +30,8 @@ class Estimate:
     weight_bytes: int
     # Bytes of the calibration text's hidden states at all kept depths.
     hidden_bytes: int
+    # Tokens of text.
+    tokens: int
     # Passes of the whole model over the calibration text, for planning and for the closed form after it.
     passes_at_most: float
     heal_passes_at_most: float = 0.0
@@ -40,7 +42,7 @@ class Estimate:
         """One line, for the log."""
         heal = f" and {self.heal_passes_at_most:.1f} to heal" if self.heal_passes_at_most else ""
         return (
-            f"estimate: at most {self.passes_at_most:.1f} passes over the calibration text{heal}; "
+            f"estimate: at most {self.passes_at_most:.1f} passes over {self.tokens:,} tokens of text{heal}; "
             f"weights {self.weight_bytes / 1e9:.2f} GB, hidden states {self.hidden_bytes / 1e9:.2f} GB, "
             f"on disk {self.disk_bytes / 1e9:.2f} GB"
         )
@@ -91,6 +93,7 @@ def estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * running,
+        tokens=tokens,
         hidden_bytes=int(kept * tokens * state_of(architecture).size * running),
         passes_at_most=(first * whole + (forwards - first) * share) / depth,
         disk_bytes=after * stored,

@@ -341,6 +341,7 @@ def test_a_dry_run_writes_nothing(model_folder: Folder, sizes: Sizes, tmp_path: 
     result = verbs.compress(model, tmp_path / "out", layers=3, dry_run=True, **sizes)
     assert result.before is None and result.target == 3
     assert (result.estimate.passes_at_most, result.estimate.heal_passes_at_most) == ((6 + 5 + 4 + 3) / 6, 3)
+    assert result.estimate.tokens == sizes["tokens"]
     assert result.estimate.weight_bytes == 4 * result.estimate.parameters_before == 4 * 62368
     assert list(tmp_path.iterdir()) == [] and list(cache_here.iterdir()) == []
 
