@@ -1,7 +1,7 @@
 """The value objects of options: the flags of the command line are their fields.
 
-They hold what a user asked for, checked as far as it can be without the model. `Runtime` and `Output` never decide a
-result, so no run folder pins them.
+They hold the user's choices, checked as far as that is possible without the model. `Runtime` and `Output` never decide
+a result, so no run folder pins them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ModelRef:
 
     @classmethod
     def of(cls, model: ModelRef | str | Path) -> ModelRef:
-        """A reference as it is, or one to the model of that name."""
+        """The reference itself, or a reference to the model of that name."""
         return model if isinstance(model, ModelRef) else cls(model=str(model))
 
 
@@ -126,13 +126,13 @@ class Runtime:
 
     # Device: cpu, cuda, cuda:1 ... (default: the best available).
     device: str | None = None
-    # Devices to spread the layers over, such as cuda:0,cuda:1; the first also has embedding and head.
+    # Devices to place the layers on, such as cuda:0,cuda:1; embedding and head are on the first.
     devices: tuple[str, ...] = flag((), metavar="NAMES")
     # Data type of the weights (default: the checkpoint's own).
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     # Keep one layer in memory at a time, read from disk when it is needed: same result, less memory.
     stream: bool = False
-    # Memory budget of hidden states, such as 8GB; the rest is kept on disk (default: two fifths of what is free).
+    # Memory budget of hidden states, such as 8GB; the rest is kept on disk (default: two fifths of free memory).
     memory: str | None = flag(None, metavar="SIZE")
     # Tokens per batch (default: by memory).
     batch_tokens: int | None = flag(None, metavar="N", parse=token_count)
@@ -175,7 +175,7 @@ class AnswerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TextsAndTasks(AnswerSpec):
-    """Evaluation: what is measured of a model."""
+    """Evaluation: measures of a model."""
 
     # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
     text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
@@ -197,7 +197,7 @@ class TextsAndTasks(AnswerSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec(TextsAndTasks):
-    """Evaluation: what is measured, before and after."""
+    """Evaluation: measures before and after."""
 
     # Sequences to use of each evaluation text; 0 for all.
     windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
@@ -236,7 +236,7 @@ class NewModel:
 
     @classmethod
     def of(cls, path: Self | str | Path) -> Self:
-        """An output as it is, or one to that path."""
+        """The output itself, or one to that path."""
         return path if isinstance(path, cls) else cls(path=Path(str(path)))
 
     @property

@@ -77,7 +77,7 @@ class Entrants:
 class CompareEval(TextsAndTasks):
     """Evaluation: measures of each model."""
 
-    # Sequences to use of each evaluation text: one number, or one for each text.
+    # Sequences to use of each evaluation text, 0 for all: one number, or one for each text.
     windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
     # Depths to score on tasks (default: all).
     task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
@@ -93,7 +93,7 @@ class CompareEval(TextsAndTasks):
         alone = self.task_layers is not None and not self.tasks
         check(
             (bool(self.text or self.tasks), "There is nothing to measure.", "Give --eval-text or --tasks."),
-            *at_least(1, eval_windows=min(windows, default=0)),
+            *at_least(0, "Give 0 for the whole text.", eval_windows=min(windows, default=0)),
             (len(windows) in (1, len(self.text)), counts, "Give one number, or one for each --eval-text, in order."),
             (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
         )

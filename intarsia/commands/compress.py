@@ -1,4 +1,4 @@
-"""`intarsia compress`, the main job: plan, heal, build, and measure what came out beside what went in."""
+"""`intarsia compress`, the main job: plan, heal, build, and measure the model before and after."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNMEASURED = "built"  # in the run folder from before the build until the resul
 
 @dataclass(frozen=True, kw_only=True)
 class CompressResult(Result):
-    """What a compression gave. A dry run only estimates: what is measured is None then."""
+    """The result of a compression. After a dry run all measures are None."""
 
     model: str
     method: str
@@ -40,9 +40,9 @@ class CompressResult(Result):
     # How the pruned model was healed, and the share of the gap in log-perplexity that this closed; None where nothing
     # was to be healed.
     healed: dict[str, Any] | None = None
-    # Accuracy of the new model on the tasks, with what it kept of the original's.
+    # Accuracy of the new model on the tasks, with the share of the original's that it kept.
     tasks: dict[str, Any] | None = None
-    # What perplexity was measured on.
+    # The text of the perplexity.
     evaluation: str | None = None
     # The new model's answers beside the original's.
     answers: Agreement | None = None
@@ -59,7 +59,7 @@ class CompressResult(Result):
     chat_template: bool = False
     out: Path
     run: Path
-    # What was sent to the hub.
+    # The upload to the hub.
     push: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def compress(
     run = RunDir(out.run_path)
     stages = heal_of(heal, method, target.effort)
 
-    # Input: everything that can be wrong is found before any work.
+    # Input: find every problem before any work.
     check_stages(stages, runtime)
     send_off = push_later(out.push_to, private=out.private, dry_run=out.dry_run)
     unmeasured = None  # the hash of the recipe, if the output is what this run built before it was killed
@@ -161,12 +161,12 @@ def compress(
             recipe = healed.recipe if healed is not None else pruned
             planning.close()
 
-            # Build. What this command built before it was killed is replaced; anything else is not.
+            # Build. The output of this command, killed before, is replaced; anything else is not.
             overwrite = out.overwrite or unmeasured == schema.content_hash(recipe)
             check_out(out.path, overwrite=overwrite, inputs=[*inputs, job.checkpoint.folder])
             write_whole(run.path / _UNMEASURED, schema.content_hash(recipe))
             if runtime.stream:
-                job.release()  # what is outside the layers would be mapped twice
+                job.release()  # embedding and head would be mapped twice
             with work.part("building"):
                 built = build_recipe(recipe, out.path, overwrite=overwrite, max_shard_bytes=out.shard_bytes)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
 from intarsia.disk import require_room
-from intarsia.errors import check
+from intarsia.errors import at_least, check
 from intarsia.flags import Flag, Result, flag
 from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
 from intarsia.progress import current
@@ -54,8 +54,12 @@ class PerplexityTexts(AnswerSpec):
 
     # Evaluation texts, whose perplexity is reported after every stage.
     text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
-    # Sequences to use of each evaluation text.
+    # Sequences to use of each evaluation text; 0 for all.
     windows: int = flag(64, "--eval-windows", metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(*at_least(0, "Give 0 for the whole text.", eval_windows=self.windows))
 
 
 @dataclass(frozen=True, kw_only=True)

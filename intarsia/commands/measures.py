@@ -92,7 +92,7 @@ class Evaluation:
             raise UserError(
                 "--tasks is given with --stream, but tasks need the whole model in memory.", "Leave one of them out."
             )
-        how: dict[str, Any] = {"seq_len": job.spec.seq_len, "windows": spec.windows or None}
+        how: dict[str, Any] = {"seq_len": job.spec.seq_len, "windows": spec.windows}
         named = {text.rpartition("=")[0] or text: text.rpartition("=")[2] for text in spec.text}
         return cls(
             texts={name: eval_corpus(source, job.tokenizer, **how) for name, source in named.items()},

@@ -34,7 +34,7 @@ from intarsia.run_dir import RunDir
 _BLOCKS = 1.0
 """Passes over the calibration text that comparing blocks takes, about."""
 BASE = "base"
-"""What the model is called in the recipes of a plan."""
+"""The name of the model in the recipes of a plan."""
 
 
 class Planning:
@@ -42,7 +42,7 @@ class Planning:
 
     Attributes:
         target: the depth to come to.
-        estimate: what it takes.
+        estimate: its cost.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Planning:
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
 
     def _passes(self) -> tuple[float, float]:
-        """Passes over the calibration text: of the original that is measured, and at most of what comes after."""
+        """Passes over the calibration text: to measure the original, and at most for the steps."""
         first = self.measured / self.job.spec.length
         return first, max(0.0, self.estimate.passes_at_most - first)
 
@@ -182,7 +182,7 @@ class Planning:
         """The steps that are missing, recorded in the run folder, which is open.
 
         Raises:
-            UserError: the disk is full, the text is another, or what is measured is not finite.
+            UserError: the disk is full, the text has changed, or activations are not finite.
         """
         if ladder.reaches(self.target):
             progress.current().say(f"{ladder.path}: planned already")
@@ -205,7 +205,7 @@ class Planning:
     def result(
         self, ladder: Ladder | None = None, layer_forwards: float = 0.0, stopped: str | None = None
     ) -> PlanResult:
-        """What a plan gave; without a ladder only what it takes."""
+        """The result of a plan; without a ladder only its estimate."""
         log = [] if ladder is None else ladder.log()
         return PlanResult(
             model=self.job.model,

@@ -97,15 +97,15 @@ def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int |
 
     Args:
         spec: a text source (see `intarsia.data.sources`).
-        windows: most windows; None for all.
+        windows: most windows; 0 or None for all.
 
     Raises:
         UserError: the source cannot be used, or is shorter than one window.
     """
     return tokenize(
-        documents(spec, limit_bytes=None if windows is None else bytes_for(windows * seq_len)),
+        documents(spec, limit_bytes=bytes_for(windows * seq_len) if windows else None),
         tokenizer,
-        tokens=seq_len * (2**40 if windows is None else windows),
+        tokens=seq_len * (windows or 2**40),
         seq_len=seq_len,
         shuffle=False,
         description=spec,

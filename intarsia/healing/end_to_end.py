@@ -2,7 +2,7 @@
 
 One command goes from one CPU to many devices. A run is saved at every measurement: killed at any step and started
 again, it continues from there, and its loss curve is the one of an undisturbed run. The best held-out state is what
-comes out; where none is better than the start, the recipe stays as it was.
+comes out; if none is better than the start, the recipe is not changed.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens.
 """
@@ -66,7 +66,7 @@ def train(
     Args:
         variants: the opened checkpoints of the recipe.
         teacher: with the depths of `lesson_depths`.
-        folder: where the student and the state are kept. What it holds must be of the same call.
+        folder: for the student and the state of the training. Its files must be of the same call.
 
     Raises:
         UserError: there is too little text, the disk is full, or the loss is not finite before the first step.
@@ -95,7 +95,7 @@ def train(
     best = load_state(folder / BEST)
     if best is None or report["loss_after"] >= report["loss_before"]:
         current().say(
-            "end-to-end training did not lower the held-out loss: the model stays as it was; smaller steps may help"
+            "end-to-end training did not lower the held-out loss: the model is not changed; smaller steps may help"
         )
         return recipe, [report]
     opened = Checkpoint.open(student, model=str(student))

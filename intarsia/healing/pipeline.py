@@ -52,7 +52,7 @@ from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
 CUT = "cut"
-"""The name of the model as it came, in the list of stages."""
+"""The name of the pruned model in the list of stages."""
 
 _KEY = "key.json"
 _SET_ASIDE = 1 / 16
@@ -73,15 +73,15 @@ class HealContext:
     # Loads the recipe's base into memory, with the other variants beside it. Called once, and only if it is needed.
     load: Callable[[], LoadedModel]
     device: torch.device
-    # What stages fit to and train on.
+    # The text to fit to and train on.
     calibration: Corpus
-    # What a result is accepted by. None where there is no more text: the last part of the calibration text is taken.
+    # The text that decides whether a result is accepted (default: the last part of the calibration text).
     selection: Corpus | None = None
     # Texts whose perplexity is reported after each stage.
     evaluation: tuple[Corpus, ...] = ()
-    # Whether the error of each layer's hidden states is reported too: another pass over the selection text.
+    # Report the error of each layer's hidden states too: another pass over the selection text.
     layer_errors: bool = False
-    # What stages that train learn from, if not from the base: the checkpoint, and what loads it.
+    # The teacher of stages that train (default: the base): its checkpoint, and a function that loads it.
     teacher: Checkpoint | None = None
     load_teacher: Callable[[], LoadedModel] | None = None
     # Other recipes of the same depth that a stage may start from.
@@ -90,10 +90,10 @@ class HealContext:
     states: TeacherStates | None = None
     # Frees them.
     release: Callable[[], None] = lambda: None
-    # What hidden states may take in memory, and tokens in a batch; None by the memory there is.
+    # Memory for hidden states, and tokens in a batch; None chooses by the free memory.
     memory_bytes: int | None = None
     batch_tokens: int | None = None
-    # The model's, for what depends on its chat template.
+    # The model's, for its chat template.
     tokenizer: Any = None
     # Where the stages are recorded, inside the run folder.
     name: str = "stages"
@@ -116,11 +116,11 @@ class HealContext:
 
     @cached_property
     def teaching(self) -> LoadedModel:
-        """What stages that train learn from, in memory."""
+        """The teacher of stages that train, in memory."""
         return self.resident if self.load_teacher is None else self.load_teacher()
 
     def turns(self, loss_on: str) -> Turns | None:
-        """What tells the assistant's tokens apart, where losses count on them alone.
+        """The marks of the assistant's tokens, if losses count on them alone.
 
         Raises:
             UserError: the chat template does not.
@@ -129,7 +129,7 @@ class HealContext:
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """Memory for hidden states; what does not fit goes to files in the run folder."""
+        """Memory for hidden states; the rest goes to files in the run folder."""
         return MemoryBudget(self.memory_bytes, self.run.scratch)
 
     @property
@@ -156,7 +156,7 @@ class HealContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage gave; `cut` is the model as it came."""
+    """The result of a stage; `cut` is the pruned model."""
 
     stage: str
     # As it was before the stage, where that is not accepted. Its provenance says how it was healed so far.
@@ -169,10 +169,10 @@ class StageResult:
     taken: bool = True
     tokens: int = 0
     seconds: float = 0.0
-    # What the stage reports.
+    # The stage's report, row by row.
     details: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    # Whether it was done now, not found in the run folder.
+    # False if it was found in the run folder.
     fresh: bool = True
 
     @property
@@ -196,7 +196,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
-    """What stages gave: the model as it came first, then one result for each."""
+    """The results of all stages, the pruned model first."""
 
     stages: tuple[StageResult, ...]
 
@@ -242,7 +242,7 @@ def check_turns(stages: Sequence[Chosen], tokenizer: Any) -> None:
 
 
 def check_stages(stages: Sequence[Chosen], runtime: Runtime) -> None:
-    """Check what can be checked of stages before any work.
+    """Check stages before any work.
 
     Raises:
         UserError: one trains the whole model, which is streamed or laid over devices; or needs something that is not
@@ -289,7 +289,7 @@ def _without(stages: Sequence[Chosen], left_out: Chosen) -> str:
 
 
 def pinned(chosen: Chosen) -> dict[str, Any]:
-    """What decides the work of a stage: its name and settings, without those that its `not_pinned` names."""
+    """The settings that decide the result of a stage, and its name; its `not_pinned` names the others."""
     free = getattr(chosen.settings, "not_pinned", ())
     return {name: value for name, value in chosen.to_dict().items() if name not in free}
 
@@ -314,7 +314,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
         UserError: a stage cannot work with this text or model, the disk is full, or numbers are not finite.
     """
     main, wait = training.rank() == 0, training.barrier(context.device)
-    # Without an earlier healing's account of itself; what was fitted stays.
+    # Without the report of an earlier healing; its fitted tensors stay.
     before = replace(recipe, provenance={name: said for name, said in recipe.provenance.items() if name != "heal"})
     results: list[StageResult] = []
     sizes = {"starts": 1 + len(context.starts), "tokens": context.calibration.tokens}
@@ -347,7 +347,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
 
 
 def _run(context: HealContext, recipe: Recipe, chosen: Chosen, folder: Path, key: str) -> Recipe:
-    """What a stage makes of a recipe. Its folder is kept from an earlier start of the same work."""
+    """Run a stage on a recipe. Its folder is kept from an earlier start of the same work."""
     if training.rank() == 0:
         mark = folder / _KEY
         if folder.exists() and (not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != key):
@@ -382,7 +382,7 @@ def _measured(
     result = replace(result, tokens=tokens, seconds=seconds, details=context.details, facts=context.facts)
     taken = result.perplexity < before.perplexity
     change = f"held-out perplexity {before.perplexity:.2f} -> {result.perplexity:.2f}"
-    progress.current().say(f"{name}: {change}" + ("" if taken else "; no better, so the model stays as it was"))
+    progress.current().say(f"{name}: {change}" + ("" if taken else "; no better, so the model is not changed"))
     return result if taken else replace(result, recipe=before.recipe, quality=before.quality, taken=False)
 
 
@@ -399,7 +399,7 @@ def quality(
     Args:
         resident: the recipe's base.
         errors: measure the layers' hidden states on the first text too.
-        memory_budget: what hidden states may take in memory.
+        memory_budget: memory for hidden states.
 
     Returns:
         As plain data, `texts`: the perplexity on each; and `errors`: for every output layer the mean over tokens of
@@ -460,13 +460,13 @@ def _write(
 
 
 def _facts(path: Path) -> dict[str, Any] | None:
-    """What was recorded of a stage, if it was."""
+    """The record of a stage, if there is one."""
     path, remedy = path.with_suffix(".json"), "Delete it; that stage is then run again."
     return read_json(path, expected="what a heal stage gave", remedy=remedy) if path.is_file() else None
 
 
 def _key(context: HealContext, recipe: Recipe, chosen: Chosen | None) -> str:
-    """What tells a stage's work from any other in the same run folder."""
+    """The identity of a stage's work in the run folder."""
     facts = [
         schema.content_hash(recipe),
         None if chosen is None else pinned(chosen),

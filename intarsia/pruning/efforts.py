@@ -12,7 +12,7 @@ from intarsia.registry import Chosen, heal_stages, planners
 
 
 class Effort(NamedTuple):
-    """What an effort stands for, as `--method` and `--heal` take it."""
+    """The choices of an effort, as values of `--method`, `--heal` and `--tokens`."""
 
     method: str
     heal: str

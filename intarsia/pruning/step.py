@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -205,7 +206,8 @@ def step_words(entry: Mapping[str, Any], mlp: str) -> str:
     """A logged step in words; `mlp` is the name of the pieces of an MLP."""
     op = entry["op"]
     if op is None:
-        return "dropped"
+        layers = re.sub(r"[\w.-]+:", "", str(entry["evidence"].get("dropped", "")))  # without the names of variants
+        return f"{layers} dropped".strip()
     if list(op.values()) == ["whole"]:
         return f"only {next(iter(op)).partition(':')[2]} kept, whole"
     return "joined from " + " + ".join(
@@ -216,8 +218,8 @@ def step_words(entry: Mapping[str, Any], mlp: str) -> str:
 
 
 def step_line(entry: Mapping[str, Any], mlp: str) -> str:
-    """The log line of a step: its depth, place, result and losses."""
-    line = f"{entry['layers']} layers: at {entry['merged'][0]}, {step_words(entry, mlp)}"
+    """The log line of a step: its depth, result and losses."""
+    line = f"{entry['layers']} layers: {step_words(entry, mlp)}"
     if entry["loss"] is not None:
         line += f", calibration loss {entry['loss']:.4f}"
     heal = entry["evidence"].get("heal")

@@ -388,7 +388,7 @@ def test_input_that_cannot_be_used(model_folder: Folder, halves: Sizes, quiz: Pa
     assert "no method 'nothing'" in found and "mka has no options" in found
     found = refused(heal=["magic", "none", "wonder"])
     assert "no heal stage 'magic'" in found and "no heal stage 'wonder'" in found
-    found = refused(eval_windows=[1, 2, 0], task_layers=[9])
+    found = refused(eval_windows=[1, 2, -1], task_layers=[9])
     assert [line.split()[0] for line in found.splitlines()] == ["--eval-windows", "--eval-windows", "--task-layers"]
     assert refused(layers=[]) == "--layers names no depth."
     assert refused(layers=[6, 0, 5]) == "--layers names 6, 0; the model has 6 layers."

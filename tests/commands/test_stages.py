@@ -225,7 +225,7 @@ def test_pieces_of_a_mixture_are_called_experts(model_folder: Folder, sizes: Siz
     listener = Listener()
     with reporting_to(listener):
         verbs.plan(str(model_folder("mixtral")), tmp_path / "run", layers=5, **sizes)
-    (step,) = (line for line in listener.said if line.startswith("5 layers: at "))
+    (step,) = (line for line in listener.said if line.startswith("5 layers: "))
     assert re.search(r"joined from \d+ \(KV groups \d+, experts \d+\)", step) and "channels" not in step
     run = intarsia.inspect(str(tmp_path / "run"))
     recipe = intarsia.inspect(str(tmp_path / "run" / "ladder" / "layers-005.yaml"))

@@ -246,13 +246,14 @@ def joined() -> Concat:
 def test_a_step_for_a_person(mixture: bool, name: str, joined: Concat) -> None:
     def line(layers: int, at: int, op: Op | None, loss: float | None) -> str:
         made = None if op is None else describe(op)
-        entry = {"layers": layers, "merged": [at, at + 1], "op": made, "evidence": {}, "loss": loss}
+        evidence = {"dropped": f"base:{at}"} if op is None else {}
+        entry = {"layers": layers, "merged": [at, at + 1], "op": made, "evidence": evidence, "loss": loss}
         return step_line(entry, mlp_pieces(mixture))
 
     wanted = f"joined from 1 (KV groups 1, {name} 3) + 2 (KV groups 1, {name} 5)"
-    assert line(5, 1, joined, 2.5) == f"5 layers: at 1, {wanted}, calibration loss 2.5000"
-    assert line(4, 3, None, None) == "4 layers: at 3, dropped"
-    assert line(4, 3, select(3), None) == "4 layers: at 3, only 3 kept, whole"
+    assert line(5, 1, joined, 2.5) == f"5 layers: {wanted}, calibration loss 2.5000"
+    assert line(4, 3, None, None) == "4 layers: 3 dropped"
+    assert line(4, 3, select(3), None) == "4 layers: only 3 kept, whole"
 
 
 def test_the_log_has_the_codecs_own_word(joined: Concat) -> None:

@@ -21,9 +21,9 @@ TEACHER_PASSES = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSettings(Pace):
-    """How the whole model is trained. The defaults are what was measured as best (dev/LOG.md)."""
+    """How the whole model is trained. The defaults are the best measured (dev/LOG.md)."""
 
-    # May differ when a training is resumed: what is pinned decides the result.
+    # These may differ when a training is resumed.
     not_pinned: ClassVar = ("log", "micro_tokens", "checkpointing")
 
     # Peak of the learning rate (default: 1e-3 of low-rank changes, 1e-4 of all parameters).
@@ -71,7 +71,7 @@ class EndToEndSettings(Pace):
         return usual if self.lr is None else self.lr
 
     def checks(self) -> Iterator[Check]:
-        """What must hold."""
+        """Conditions on the values."""
         yield from super().checks()
         yield self.weights("logits", "hidden", "cross_entropy")
         yield 0.0 < self.temperature < float("inf"), ("temperature",), "a number above 0"
