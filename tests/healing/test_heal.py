@@ -210,7 +210,7 @@ def test_bad_input(recipe_file: Path, model_folder: Folder, text_file: Path, tmp
     refused("without a recipe", source=model_folder("llama"))
     refused("such file", source=tmp_path / "none.yaml")
     refused("at least", tokens=10**7)
-    refused("held out", tokens=32)
+    refused("to hold some out", tokens=32)
     shallow = families.save(families.make_model("llama", num_hidden_layers=5, vocab_size=330), tmp_path / "shallow")
     refused(r"(?s)vocabulary.*number of layers", teacher=str(shallow))
     out.mkdir()

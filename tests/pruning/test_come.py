@@ -251,7 +251,7 @@ def test_a_merged_layer_is_not_merged_again_if_so_asked(resident_of: InMemory) -
     assert step is not None and step.start == 1
     model.replace(step.start, step.count, step.op)
     assert planner.decide(model, 1, []) == []
-    assert "no-repeat" in planner.reason() and "2 adjacent layers" in planner.reason()
+    assert "no-repeat" in planner.reason() and "2 adjacent unmerged layers" in planner.reason()
 
 
 def test_merging_the_merged(resident_of: InMemory) -> None:
