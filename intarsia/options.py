@@ -51,7 +51,7 @@ class TextSpec:
     # and its answer, are conversations, written with the model's chat template; `#column=NAME` takes another column.
     # `file.txt#0:0.9` is the first nine tenths of a file. Several take equal parts.
     sources: tuple[str, ...] = flag(("self",), "--calibration", metavar="SPEC")
-    # Tokens of text: 65536, 500k, 2M (default: 65536; with `--effort thorough` four times as many).
+    # Tokens of text: 65536, 500k, 2M (default: 65536).
     tokens: int | None = flag(None, metavar="N", parse=token_count)
     # Tokens in a sequence.
     seq_len: int = flag(512, metavar="N")
@@ -90,7 +90,8 @@ class Target:
     layers: int | None = flag(None, metavar="N")
     # Share of all parameters to remove, between 0 and 1, rounded up to whole layers.
     sparsity: float | None = flag(None, metavar="X")
-    # How much work to do: chooses the method where no --method is given, and how to heal (default: standard).
+    # How much work to do: chooses the method and how to heal where these are not given, and with `thorough` 262144
+    # tokens of text (default: standard).
     effort: Literal["quick", "standard", "thorough"] | None = None
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ Criterion: TypeAlias = Literal["loss", "kl"]
 class PlanSettings(Checked):
     """Settings of methods whose plan also compares blocks."""
 
-    # Calibration tokens for choosing steps (default: all). The original is measured on all of them.
+    # Calibration tokens for choosing steps, the first ones (default: all).
     plan_tokens: int | None = flag(None, metavar="N", parse=token_count)
     # Also heal the original without each of the N best blocks of adjacent layers, and keep the best result.
     blocks: int = 0

@@ -44,8 +44,8 @@ class EndToEndSettings(Pace):
     # Rank of low-rank changes to every linear layer (of a mixture, of its attention); `none` trains all parameters of
     # the layers.
     lora: int | None = 64
-    # Tokens of one forward and backward pass on one device; gradients are accumulated up to `batch_tokens`. None: as
-    # many as a step has, at most 2048 on CPU and 16384 elsewhere.
+    # Tokens of one forward and backward pass on one device; gradients are accumulated up to --step-tokens (default: a
+    # whole step, at most 2048 on CPU and 16384 elsewhere).
     micro_tokens: int | None = None
     # Recompute activations in the backward pass: slower, and much less memory.
     checkpointing: bool = False
