@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -303,8 +304,12 @@ def passes_at_most(
 
 
 def tokens_read(stages: Sequence[Chosen]) -> int:
-    """How many tokens' hidden states of the original stages ask for at most, the first ones of the text."""
-    return max((getattr(chosen.settings, "tokens", 0) for chosen in stages), default=0)
+    """On how many tokens stages ask for the original's hidden states, the first ones of the text.
+
+    Those that train the whole model ask for none; a stage whose settings have no `tokens` reads the whole text.
+    """
+    others = (chosen.settings for chosen in stages if not chosen.entry.facts.get("whole_model"))
+    return max((getattr(settings, "tokens", None) or sys.maxsize for settings in others), default=0)
 
 
 def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -> Healed:

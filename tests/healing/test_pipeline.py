@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from intarsia.data.text import TextParts, draw
 from intarsia.errors import UserError
 from intarsia.healing import closed_form
 from intarsia.healing.closed_form import AS_IT_IS, Start
-from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_stages, run_stages
+from intarsia.healing.pipeline import HealContext, Healed, check_memory, check_stages, run_stages, tokens_read
 from intarsia.healing.stages.closed_form import FinalFitSettings
 from intarsia.healing.teacher import TeacherStates
 from intarsia.options import Runtime, TextSpec
@@ -154,6 +155,12 @@ def test_training_frees_hidden_states_of_the_original(
         assert made.states is known and freed == []
         run_stages(made, cut, heal_stages.choose_all(["closed-form", TRAINED]))
         assert freed == [None]
+
+
+def test_the_text_that_stages_read_hidden_states_of() -> None:
+    whole = sys.maxsize
+    texts = {"none": 0, "end-to-end": 0, "closed-form[fit-tokens=512],end-to-end": 512, "closed-form,scale": whole}
+    assert {stages: tokens_read(heal_stages.choose_all(stages)) for stages in texts} == texts
 
 
 def test_a_finished_stage_is_only_read_and_its_tensors_go(
