@@ -129,7 +129,7 @@ class Runtime:
     device: str | None = None
     # Devices to place the layers on, such as cuda:0,cuda:1; embedding and head are on the first.
     devices: tuple[str, ...] = flag((), metavar="NAMES")
-    # Data type of the weights (default: the checkpoint's own).
+    # Data type of the weights (default: the checkpoint's own; float32 on a CPU that multiplies 16-bit numbers slowly).
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     # Keep one layer in memory at a time, read from disk when it is needed: same result, less memory.
     stream: bool = False

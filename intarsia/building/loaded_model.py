@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -148,9 +149,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     A text model inside a multimodal one, or 8-bit weights, are loaded tensor by tensor.
 
     Args:
-        dtype: default is the embedding's in the file, which needs no conversion.
+        dtype: default is `default_dtype`.
     """
-    dtype = dtype or _stored_dtype(checkpoint)
+    dtype = dtype or default_dtype(checkpoint, device)
     with quiet_transformers(), refusals_named(checkpoint):
         if checkpoint.as_stored:
             model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False)
@@ -166,8 +167,31 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     return model.eval()
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.headers[f"{checkpoint.architecture.family.modules.embedding}.weight"].dtype
+def default_dtype(checkpoint: Checkpoint, device: torch.device, *, stream: bool = False) -> torch.dtype:
+    """The dtype to compute in: that of the embedding's file, which needs no conversion.
+
+    It is float32 for 16-bit weights on a CPU whose products of them are slow (`fast_products`), if the weights that are
+    held at a time, all or with `stream` those of one layer and the rest, fill at most a quarter of the memory.
+    """
+    architecture = checkpoint.architecture
+    stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype
+    if fast_products(stored, device):
+        return stored
+    held = checkpoint.parameters - (architecture.n_layers - 1) * architecture.layer_parameters * stream
+    return torch.float32 if 4 * held <= psutil.virtual_memory().total / 4 else stored
+
+
+def fast_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products of this dtype are at least as fast as float32's.
+
+    Without AVX-512 (or the like on ARM) torch multiplies 16-bit matrices without its library for products: a ninth of
+    the speed of float32 (dev/LOG.md, 2026-11-30).
+    """
+    if device.type != "cpu":
+        return True
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class LoadedModel:
@@ -202,7 +226,9 @@ class LoadedModel:
         self.device = device
         self.offload = Offload(device) if stream else None
         if stream:
-            self.model = skeleton(checkpoint, device=device, dtype=dtype or _stored_dtype(checkpoint))
+            self.model = skeleton(
+                checkpoint, device=device, dtype=dtype or default_dtype(checkpoint, device, stream=True)
+            )
         else:
             start = torch.device("cpu") if len(devices) > 1 else device
             self.model = load_model(checkpoint, device=start, dtype=dtype)

@@ -24,7 +24,7 @@ import torch
 from intarsia import __version__
 from intarsia.activations.hidden_store import MemoryBudget
 from intarsia.architecture.spec import Architecture
-from intarsia.building.loaded_model import LoadedModel, check_config, default_device
+from intarsia.building.loaded_model import LoadedModel, check_config, default_device, default_dtype
 from intarsia.checkpoint.hashing import acting_config, scan
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.checkpoint.resolve import open_checkpoint
@@ -77,7 +77,7 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of models; None for the checkpoint's own."""
+        """The dtype of models; None for `default_dtype`."""
         return None if self.runtime.dtype is None else _DTYPES[self.runtime.dtype]
 
     def resident(self, checkpoint: Checkpoint, others: Mapping[str, Checkpoint] | None = None) -> LoadedModel:
@@ -132,9 +132,10 @@ class Job:
         return self.placement.device
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the model; None for the checkpoint's own."""
-        return self.placement.dtype
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model."""
+        chosen = self.placement.dtype
+        return chosen or default_dtype(self.checkpoint, self.device, stream=self.runtime.stream)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.building.loaded_model import fast_products
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.disk import require_room, write_whole
 from intarsia.healing.settings import changed_layers
@@ -137,13 +138,14 @@ class WholeTraining:
         self.teacher = teacher.load() if needed else None
         embedding = f"{architecture.family.modules.embedding}.weight"
         stored = Checkpoint.open(student, model=str(student)).headers[embedding].dtype
+        halves = stored != torch.float32 and fast_products(torch.bfloat16, self.device)
         distiller = Distiller(
             model,
             architecture,
             settings,
             layers=changed_layers(recipe) if depths else [],
             teacher_head=None if self.teacher is None else self.teacher.split.head,
-            autocast=settings.precision == "bf16" or (settings.precision == "auto" and stored != torch.float32),
+            autocast=settings.precision == "bf16" or (settings.precision == "auto" and halves),
         )
         self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(

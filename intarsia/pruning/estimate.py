@@ -61,13 +61,13 @@ def estimate(
     tokens: int,
     measured: int,
     seq_len: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> Estimate:
     """The cost of planning down to `target` layers.
 
     Args:
         measured: tokens of the text on which the original is measured.
-        dtype: of the run; None for the checkpoint's own.
+        dtype: of the run.
     """
     from intarsia.activations.architecture_checks import state_of
 
@@ -75,7 +75,7 @@ def estimate(
     depth, parameters = architecture.n_layers, checkpoint.parameters
     after = parameters - (depth - target) * architecture.layer_parameters
     stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype.itemsize
-    running = stored if dtype is None else dtype.itemsize
+    running = dtype.itemsize
     # Shares of the text on which the original and later models are measured. Blocks and healing in the loop keep the
     # original's hidden states beside those of the model.
     whole, share = measured / tokens, min(1.0, (planner.plan_tokens or tokens) / tokens)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,9 @@ from intarsia.building.layer import parameter_name, parameter_names, tensor_name
 from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.offload import blocks
 from intarsia.checkpoint.adapter import open_variant
+from intarsia.checkpoint.reader import Checkpoint
+from intarsia.commands.job import Job
+from intarsia.options import Runtime
 from tests import families
 from tests.conftest import InMemory, Opened
 from tests.recipes_by_hand import shared
@@ -126,3 +131,37 @@ def test_the_rest_of_a_model_counts_once(checkpoint_of: Opened, monkeypatch: pyt
     devices = [next(layer.parameters()).device for layer in resident.layers]
     assert devices == [first] * 3 + [CPU] * 3
     assert resident.model.get_input_embeddings().weight.device == first
+
+
+@pytest.mark.parametrize(
+    ("fast", "gigabytes", "stream", "expected"),
+    [
+        (True, 64.0, False, torch.bfloat16),
+        (False, 64.0, False, torch.float32),
+        # All weights fill more than a quarter of the memory; one layer with embedding and head does not.
+        (False, 5e-4, False, torch.bfloat16),
+        (False, 5e-4, True, torch.float32),
+    ],
+)
+def test_slow_16_bit_products_are_computed_in_float32(
+    fast: bool,
+    gigabytes: float,
+    stream: bool,
+    expected: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    families.save(families.make_model("llama").bfloat16(), tmp_path / "model")
+    checkpoint = Checkpoint.open(tmp_path / "model", model="model")
+    monkeypatch.setattr(loaded_model, "fast_products", lambda dtype, device: fast)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=gigabytes * 1e9, available=8e9))
+    job = Job(checkpoint, runtime=Runtime(device="cpu", stream=stream))
+    assert job.dtype == job.resident.model.dtype == expected
+    if not stream:
+        assert load_model(checkpoint, device=torch.device("cpu")).dtype == expected
+    assert Job(checkpoint, runtime=Runtime(device="cpu", dtype="bfloat16")).dtype == torch.bfloat16
+
+
+def test_float32_and_devices_other_than_the_cpu_are_fast() -> None:
+    assert loaded_model.fast_products(torch.float32, torch.device("cpu"))
+    assert loaded_model.fast_products(torch.bfloat16, torch.device("cuda"))

@@ -50,7 +50,9 @@ def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
 )
 def test_passes_of_a_method(method: str, forwards: int, checkpoint_of: Opened) -> None:
     checkpoint = checkpoint_of("llama")
-    found = estimate(checkpoint, planners.choose(method).create(), 4, tokens=512, measured=512, seq_len=32, dtype=None)
+    found = estimate(
+        checkpoint, planners.choose(method).create(), 4, tokens=512, measured=512, seq_len=32, dtype=torch.float32
+    )
     assert found.passes_at_most == pytest.approx(forwards / 6)
     assert (found.hidden_bytes == 0) == (forwards == 0)
 
@@ -58,14 +60,14 @@ def test_passes_of_a_method(method: str, forwards: int, checkpoint_of: Opened) -
 def test_passes_of_what_come_p_tries(checkpoint_of: Opened) -> None:
     """Each ratio of each span re-runs all that may be after it; each removal what is after it."""
     settings = ComePSettings(granularity=4, spans=2, removals=True, racing=False)
-    sizes: dict[str, Any] = {"tokens": 512, "measured": 512, "seq_len": 32, "dtype": None}
+    sizes: dict[str, Any] = {"tokens": 512, "measured": 512, "seq_len": 32, "dtype": torch.float32}
     found = estimate(checkpoint_of("llama"), planner_of("come-p", settings), 5, **sizes)
     assert found.passes_at_most == pytest.approx((6 + 2 * 5 * 5 + 15 + 5) / 6)
 
 
 def test_a_part_of_the_text_is_a_part_of_a_pass(checkpoint_of: Opened) -> None:
     planner = planners.choose("shortgpt[plan-tokens=128,blocks=1]").create()
-    sizes: dict[str, Any] = {"tokens": 1024, "seq_len": 32, "dtype": None}
+    sizes: dict[str, Any] = {"tokens": 1024, "seq_len": 32, "dtype": torch.float32}
     whole, half = (estimate(checkpoint_of("llama"), planner, 5, measured=n, **sizes) for n in (1024, 512))
     assert whole.passes_at_most - half.passes_at_most == pytest.approx(0.5)
     state = checkpoint_of("llama").architecture.width * 4
