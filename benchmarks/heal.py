@@ -96,7 +96,10 @@ class Bench:
 
     def planning(self, method: str) -> dict[str, Any]:
         """The planning options of a method."""
-        return {"method": COMPRESSED.get(method, method), "text": TextSpec(sources=tuple(self.data))}
+        return {
+            "method": {**COMPRESSED, "sleb": "sleb[criterion=loss]"}.get(method, method),
+            "text": TextSpec(sources=tuple(self.data)),
+        }
 
     def effort(self, effort: Any, layers: int) -> None:
         """Run `compress` at an effort."""

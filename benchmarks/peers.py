@@ -98,7 +98,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("-o", "--out", type=Path, default=Path("out/bench/peers"))
     options.add_argument("--model", default="demo")
-    options.add_argument("--methods", nargs="+", default=["angular", "sleb"])
+    options.add_argument("--methods", nargs="+", default=["angular", "sleb[criterion=loss]"])
     options.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     options.add_argument("--heal", nargs="+", default=list(HEALS))
     options.add_argument("--tokens", type=int, default=65536)

@@ -30,7 +30,7 @@ METHODS: dict[str, Any] = {
     "come --preset paper": ComeSettings(**ComeSettings.presets["paper"]),
     "come --span-choice sleb": "come[span-choice=sleb]",
     "come-p --span-choice sleb": "come-p[span-choice=sleb]",
-    "sleb": "sleb",
+    "sleb": "sleb[criterion=loss]",
 }
 TABLE = ("shortgpt", "come", "come-p", "come-p --spans 1")
 

@@ -93,7 +93,7 @@ def test_with_removals_alone_it_is_sleb(in_loop: bool, resident_of: InMemory, tm
     resident = resident_of("llama")
     settings = ComePSettings(granularity=1, removals=True, racing=False, finalists=1)
     ours = ladder(resident, tmp_path / "ours", "come-p", settings, in_loop)
-    sleb = ladder(resident, tmp_path / "sleb", "sleb", SlebSettings(racing=False), in_loop)
+    sleb = ladder(resident, tmp_path / "sleb", "sleb", SlebSettings(racing=False, criterion="loss"), in_loop)
     assert ours.depths() == sleb.depths() == [5, 4, 3, 2]
     assert [entry["hash"] for entry in ours.log()] == [entry["hash"] for entry in sleb.log()]
     for mine, its in zip(ours.log(), sleb.log(), strict=True):

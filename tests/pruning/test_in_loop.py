@@ -244,7 +244,9 @@ def test_come_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path)
 
 def test_sleb_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("opt"), written_by(resident_of("opt"))
-    run, _ = go(tmp_path / "run", resident, "sleb", 4, corpus=corpus, settings=SlebSettings(racing=False))
+    run, _ = go(
+        tmp_path / "run", resident, "sleb", 4, corpus=corpus, settings=SlebSettings(racing=False, criterion="loss")
+    )
     recipe, losses = run.recipe(5), run.log()[1]["evidence"]["losses"]
     assert recipe.fitted
     for dropped in range(5):

@@ -1,7 +1,8 @@
-"""SLEB: remove, one after the other, the layer whose removal gives the least calibration loss.
+"""SLEB: remove, one after the other, the layer whose removal changes the next-token distribution least.
 
-Source: Song et al., arXiv 2402.09025. Deviation: candidates are raced (published, and with `racing` off: all of them
-run on the whole calibration text). Each runs from the kept hidden states before it.
+Source: Song et al., arXiv 2402.09025. Deviations: candidates are compared by KL to the original (published, and with
+`criterion` 'loss': by calibration loss), and raced (published, and with `racing` off: all of them run on the whole
+calibration text). Each runs from the kept hidden states before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.architecture.spec import Architecture
 from intarsia.pruning.race import mean_loss, share_at_most
-from intarsia.pruning.step import Change, Progressive, ProgressiveSettings, Step, strides, without_half_layers
+from intarsia.pruning.step import (
+    Change,
+    Criterion,
+    Progressive,
+    ProgressiveSettings,
+    Step,
+    strides,
+    without_half_layers,
+)
 from intarsia.recipe.recipe import sources_of
 from intarsia.registry import planner
 
@@ -28,13 +37,17 @@ class SlebSettings(ProgressiveSettings):
     racing: bool = True
     # Also try to drop the MLP of each layer with the attention of the next one.
     half_layers: bool = False
+    # Compare candidates and blocks by their loss, or by KL(original || candidate) of the next token.
+    criterion: Criterion = "kl"
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"racing": False, "half_layers": False}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"racing": False, "half_layers": False, "criterion": "loss"}
+    }
 
 
 @planner("sleb", settings=SlebSettings, paper="2402.09025")
 class Sleb(Progressive):
-    """Drop the layer whose removal gives the least calibration loss."""
+    """Drop the layer whose removal changes the next-token distribution least."""
 
     def __init__(self, settings: SlebSettings) -> None:
         super().__init__(settings)
