@@ -87,7 +87,8 @@ def test_8_bits_times_scales(way: str, folder: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_config(families.make_model("llama").config, dtype=torch.bfloat16)
     plain.load_state_dict(meant)
     expected = plain.eval()(IDS).logits
-    assert torch.equal(LoadedModel(checkpoint, device=torch.device("cpu")).model(IDS).logits, expected)
+    resident = LoadedModel(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert torch.equal(resident.model(IDS).logits, expected)
     recipe = recipe_of(str(folder), [select(layer) for layer in range(families.DEPTH)])
     materialize(recipe, {"base": checkpoint}, tmp_path / "out")
     built = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
