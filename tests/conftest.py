@@ -106,3 +106,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "words.txt"
     path.write_text(families.sample_text(5000, seed=1), encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _same_dtype_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of 16 bits are computed in 16 bits, also where that is slow."""
+    from intarsia.building import loaded_model
+
+    monkeypatch.setattr(loaded_model, "fast_products", lambda dtype, device: True)

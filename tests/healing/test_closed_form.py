@@ -337,7 +337,7 @@ def test_built_is_as_in_memory(family: str, dtype: torch.dtype, cut: Cut, tokens
     if dtype != torch.float32:
         model = families.make_model(family).to(dtype)
         checkpoint = Checkpoint.open(families.save(model, tmp_path / "model"), model=family)
-    resident = LoadedModel(checkpoint, device=CPU)
+    resident = LoadedModel(checkpoint, device=CPU, dtype=dtype)
     train, fresh = tokens(sequences=96)
     healed, _ = fit_on(recipe, resident, train, settings=PLAIN)
     assert healed.fitted
