@@ -102,8 +102,13 @@ def checked(model: type[Model], data: Any, *, where: str, remedy: str) -> Model:
 def problems_of(error: ValidationError, model: type[BaseModel], *, where: str, remedy: str) -> Iterator[Problem]:
     """The problems in an error of pydantic."""
     for detail in error.errors(include_url=False):
-        # The tag of a union starts with a colon; it is not in the data.
-        path = [step for step in detail["loc"] if step != "[key]" and not str(step).startswith(":")]
+        # The tag of a union starts with a colon; it is not in the data. An unknown key, the last step, may be anything.
+        last = len(detail["loc"]) - 1 if detail["type"] == "extra_forbidden" else -1
+        path = [
+            step
+            for at, step in enumerate(detail["loc"])
+            if at == last or (step != "[key]" and not str(step).startswith(":"))
+        ]
         place = place_of(path)
         expected, found, own_remedy = _expectation(detail, model, path)
         yield mismatch(f"{where}: {place}" if place else where, expected, found, own_remedy or remedy)

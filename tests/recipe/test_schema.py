@@ -361,6 +361,9 @@ def test_hashes_and_files_of_older_versions_stay(name: str, tmp_path: Path) -> N
             "{from: [1], mlp: {from: [2]}}",
             "merge.mlp.from: expected one of method, weights, params; found the unknown key 'from'",
         ),
+        # As the tags of unions look in errors of pydantic.
+        ("{from: [1], ':from': 2}", "merge.:from: expected one of method, .*; found the unknown key ':from'"),
+        ("{from: [1], '[key]': 2}", r"merge.\[key\]: expected one of method, .*; found the unknown key '\[key\]'"),
         ("{from: [1], mlp: {method: [linear]}}", "merge.mlp.method: expected a text"),
         ("{from: [1], scale: big}", "merge.scale: expected a number; found 'big'"),
     ],
