@@ -96,10 +96,8 @@ class Bench:
 
     def planning(self, method: str) -> dict[str, Any]:
         """The planning options of a method."""
-        return {
-            "method": {**COMPRESSED, "sleb": "sleb[criterion=loss]"}.get(method, method),
-            "text": TextSpec(sources=tuple(self.data)),
-        }
+        chosen = f"{method}[criterion=loss]" if method == "sleb" else COMPRESSED.get(method, method)
+        return {"method": chosen, "text": TextSpec(sources=tuple(self.data))}
 
     def effort(self, effort: Any, layers: int) -> None:
         """Run `compress` at an effort."""

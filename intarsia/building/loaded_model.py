@@ -168,24 +168,21 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 
 
 def default_dtype(checkpoint: Checkpoint, device: torch.device, *, stream: bool = False) -> torch.dtype:
-    """The dtype to compute in: that of the embedding's file, which needs no conversion.
+    """The dtype to compute in: the stored one; float32 where products of it are slow and the memory has room.
 
-    It is float32 for 16-bit weights on a CPU whose products of them are slow (`fast_products`), if the weights that are
-    held at a time, all or with `stream` those of one layer and the rest, fill at most a quarter of the memory.
+    Room is a quarter of the memory, for all weights in float32, or with `stream` for one layer and all that is none.
     """
     architecture = checkpoint.architecture
-    stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype
-    if fast_products(stored, device):
-        return stored
+    if fast_products(checkpoint.dtype, device):
+        return checkpoint.dtype
     held = checkpoint.parameters - (architecture.n_layers - 1) * architecture.layer_parameters * stream
-    return torch.float32 if 4 * held <= psutil.virtual_memory().total / 4 else stored
+    return torch.float32 if 4 * held <= psutil.virtual_memory().total / 4 else checkpoint.dtype
 
 
 def fast_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrix products of this dtype are at least as fast as float32's.
+    """Whether matrix products in this dtype are about as fast as in float32.
 
-    Without AVX-512 (or the like on ARM) torch multiplies 16-bit matrices without its library for products: a ninth of
-    the speed of float32 (dev/LOG.md, 2026-11-30).
+    On x86 without AVX-512, torch multiplies 16-bit matrices at a ninth of the speed (dev/LOG.md, 2026-11-30).
     """
     if device.type != "cpu":
         return True

@@ -183,6 +183,11 @@ class Checkpoint:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the embedding is stored, in which a loader keeps the weights."""
+        return self.headers[f"{self.architecture.family.modules.embedding}.weight"].dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors as read."""
         return sum(header.nbytes for header in [*self.headers.values(), *self.kept.values()])
@@ -281,7 +286,7 @@ def _with_stored_dtype(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the stored dtype of its embedding in its config, which decides the dtype of loading."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     name = f"{checkpoint.architecture.family.modules.embedding}.weight"
-    stored = str(checkpoint.headers[name].dtype).removeprefix("torch.")
+    stored = str(checkpoint.dtype).removeprefix("torch.")
     if named is None or str(named).removeprefix("torch.") == stored:
         return checkpoint
     current().say(f"dtype is {named} in the config, but {name} is stored in {stored}, which is used")

@@ -201,10 +201,9 @@ def dtype_kept(subject: Subject) -> str:
     names = {each.get("dtype") or each.get("torch_dtype") for each in holders} - {None}
     if not names:
         raise Skipped("the config has no dtype")
-    embedding = checkpoint.headers[f"{checkpoint.architecture.family.modules.embedding}.weight"]
     matrices = [each for each in checkpoint.headers.values() if len(each.shape) > 1 and each.dtype.is_floating_point]
-    wanted = str(embedding.dtype).removeprefix("torch.")
-    others = [header for header in matrices if header.dtype != embedding.dtype]
+    wanted = str(checkpoint.dtype).removeprefix("torch.")
+    others = [header for header in matrices if header.dtype != checkpoint.dtype]
     Problems(
         _problem(f"{checkpoint.folder / 'config.json'}: dtype", f"{wanted}, the embedding's", str(name))
         for name in sorted(map(str, names))

@@ -74,8 +74,6 @@ def estimate(
     architecture = checkpoint.architecture
     depth, parameters = architecture.n_layers, checkpoint.parameters
     after = parameters - (depth - target) * architecture.layer_parameters
-    stored = checkpoint.headers[f"{architecture.family.modules.embedding}.weight"].dtype.itemsize
-    running = dtype.itemsize
     # Shares of the text on which the original and later models are measured. Blocks and healing in the loop keep the
     # original's hidden states beside those of the model.
     whole, share = measured / tokens, min(1.0, (planner.plan_tokens or tokens) / tokens)
@@ -92,9 +90,9 @@ def estimate(
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,
-        weight_bytes=parameters * running,
+        weight_bytes=parameters * dtype.itemsize,
         tokens=tokens,
-        hidden_bytes=int(kept * tokens * state_of(architecture).size * running),
+        hidden_bytes=int(kept * tokens * state_of(architecture).size * dtype.itemsize),
         passes_at_most=(first * whole + (forwards - first) * share) / depth,
-        disk_bytes=after * stored,
+        disk_bytes=after * checkpoint.dtype.itemsize,
     )
