@@ -215,7 +215,7 @@ def test_passes_are_those_of_every_start(method: Any, stage: str, passes: float,
 
 
 def test_finalists_of_a_search_are_starts(plan: Plan) -> None:
-    planned = plan(layers=4, settings=EvolveSettings(generations=2, offspring=4, initial=2, finalists=3, blocks=1))
+    planned = plan(layers=4, settings=EvolveSettings(generations=2, offspring=4, finalists=3, blocks=1))
     recipe, (entry,) = planned.folder.recipe(4), planned.folder.log()
     found = planned.healed(recipe).stages[-1].facts["starts"]
     others = [f"the original without {words_of(kept, 6)}" for kept in entry["evidence"]["others"]]

@@ -59,7 +59,7 @@ def with_layers(resident: LoadedModel, states: list[dict[str, torch.Tensor]]) ->
 
 
 METHODS = planners.names
-QUICK = {"evolve": EvolveSettings(generations=2, offspring=4, initial=2)}
+QUICK = {"evolve": EvolveSettings(generations=2, offspring=4)}
 
 
 def planner_of(method: str, settings: Any = None, in_loop: ClosedFormSettings | None = None) -> Any:

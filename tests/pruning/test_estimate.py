@@ -41,8 +41,12 @@ def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
         ("angular", 6),
         ("taylor", 6 * 4),
         ("come", 6 + 5 + 4),
-        # Two random models, 5 + 4 blocks, least influence: on 2 sequences of 16, 3 on 8, 2 on all; then 4 mutations.
-        ("evolve[generations=3,offspring=4,initial=2]", 6 + 4 * (12 / 8 + 3 / 2 + 2 + 3 * (4 / 8 + 1 / 2 + 1))),
+        # Greedily 6 models of 5 layers, and 5 of 4: on 2 sequences of 16, 2 on 8, one on all. Then 5 + 4 blocks: on 2, 3 on
+        # 8, 2 on all; then 4 mutations.
+        (
+            "evolve[generations=3,offspring=4]",
+            6 + 5 * (6 / 8 + 2 / 2 + 1) + 4 * (5 / 8 + 2 / 2 + 1 + 9 / 8 + 3 / 2 + 2 + 3 * (4 / 8 + 1 / 2 + 1)),
+        ),
         ("sleb[racing=false]", 6 + (15 + 5) + (10 + 4)),
         # Of 16 sequences six candidates see 2, three 2 more, two 4 and 8: at most all six 2, and then twice the mean.
         ("sleb", 6 + (15 * (12 + 2 * 30) / 96 + 5) + (10 * (10 + 2 * 30) / 80 + 4)),

@@ -16,7 +16,7 @@ from intarsia.recipe.recipe import Op
 from intarsia.recipe.schema import content_hash
 from tests import families
 from tests.conftest import InMemory
-from tests.pruning.by_hand import ladder_in, ladder_of, planner_of
+from tests.pruning.by_hand import kept_layers, ladder_in, ladder_of, planner_of
 from tests.pruning.conftest import corpus_of
 from tests.recipes_by_hand import select
 
@@ -68,7 +68,7 @@ def test_it_finds_the_best_of_all_models(half: bool, resident_of: InMemory, tmp_
 
     losses = {kept: loss(layers(kept)) for kept in models(families.DEPTH, TARGET, half=half)}
     best = min(losses, key=losses.__getitem__)
-    settings = EvolveSettings(generations=30, offspring=8, initial=2, criterion="loss", half_layers=half)
+    settings = EvolveSettings(generations=30, offspring=8, criterion="loss", half_layers=half)
     run, stopped, model = ladder_of("evolve", resident, corpus, tmp_path / "run", TARGET, settings)
     assert stopped is None and run.depths() == [TARGET]
     assert list(run.recipe(TARGET).layers) == layers(best)
@@ -76,7 +76,7 @@ def test_it_finds_the_best_of_all_models(half: bool, resident_of: InMemory, tmp_
     found = entry["evidence"]["losses"]
     assert len(found) == 31 and found == sorted(found, reverse=True)
     assert found[-1] == pytest.approx(losses[best], rel=1e-6)
-    assert entry["evidence"]["evaluated"] <= len(losses)
+    assert entry["evidence"]["evaluated"] <= len(losses) + families.DEPTH
     planner = planner_of("evolve", settings)
     assert model.layer_forwards <= planner.forwards_at_most(resident.architecture, TARGET, len(corpus))
 
@@ -84,10 +84,10 @@ def test_it_finds_the_best_of_all_models(half: bool, resident_of: InMemory, tmp_
 @pytest.mark.parametrize("family", [pytest.param("gemma3", marks=pytest.mark.exhaustive), "llama"])
 def test_a_stopped_search_resumes(family: str, resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of(family), corpus_of()
-    settings = EvolveSettings(generations=6, offspring=6, initial=4)
+    settings = EvolveSettings(generations=6, offspring=6)
     whole, _, model = ladder_of("evolve", resident, corpus, tmp_path / "whole", TARGET, settings)
     again, _, _ = ladder_of("evolve", resident, corpus, tmp_path / "again", TARGET, settings)
-    other = EvolveSettings(generations=6, offspring=6, initial=4, search_seed=1)
+    other = EvolveSettings(generations=6, offspring=6, search_seed=1)
     ladder_of("evolve", resident, corpus, tmp_path / "other", TARGET, other)
     assert again.run.log("search").entries() == whole.run.log("search").entries()
     assert Ladder(tmp_path / "other").run.log("search").entries() != whole.run.log("search").entries()
@@ -100,3 +100,14 @@ def test_a_stopped_search_resumes(family: str, resident_of: InMemory, tmp_path: 
     assert content_hash(resumed.recipe(TARGET)) == content_hash(whole.recipe(TARGET))
     assert resumed.log()[0]["evidence"] == whole.log()[0]["evidence"]
     assert families.DEPTH < second.layer_forwards < model.layer_forwards
+
+
+def test_it_starts_from_greedy_removal(resident_of: InMemory, tmp_path: Path) -> None:
+    # One sequence, so that every stage and both methods decide by the same losses.
+    resident, corpus = resident_of("llama"), corpus_of(sequences=1)
+    settings = EvolveSettings(generations=0, half_layers=False)
+    found, _, _ = ladder_of("evolve", resident, corpus, tmp_path / "evolve", 3, settings)
+    greedy, _, _ = ladder_of("sleb", resident, corpus, tmp_path / "sleb", 3)
+    assert kept_layers(found, 3) == kept_layers(greedy, 3)
+    gone = sorted(set(range(families.DEPTH)) - set(kept_layers(found, 3)))
+    assert gone[-1] - gone[0] > 2  # no block of adjacent layers

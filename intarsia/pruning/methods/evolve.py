@@ -6,8 +6,9 @@ the original's next tokens, and the parent stays unless one of them is better on
 
 Deviations: sub-blocks are dropped so that whole layers are left, each an attention and a later or its own MLP, which
 makes the result a stock checkpoint (published: any, as many attentions as MLPs); so a switch moves a pair of adjacent
-ones. The search starts from the best of random choices, the layers of least influence and every block of adjacent
-layers (published: random choices). Stages see parts of one calibration text (published: samples of a large text).
+ones. The search starts from greedy removal of whole layers, selected in the same stages, or from the best block of
+adjacent layers (published: random choices). Stages see parts of one calibration text (published: samples of a large
+text).
 
 A model runs from the original's hidden states before its first change. Evaluations are logged, so a resumed search
 repeats none.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -53,8 +54,6 @@ class EvolveSettings(PlanSettings):
     offspring: int = 16
     # Most level switches in a mutation.
     switches: int = 3
-    # Random models in the initial population.
-    initial: int = 16
     # Also drop runs of attention and MLP that start in the middle of a layer.
     half_layers: bool = True
     # Compare candidates and blocks by their loss, or by KL(original || candidate) of the next token.
@@ -66,7 +65,7 @@ class EvolveSettings(PlanSettings):
 
     def checks(self) -> Iterator[Check]:
         yield from super().checks()
-        yield from self.at_least(0, "generations", "initial")
+        yield from self.at_least(0, "generations")
         yield from self.at_least(1, "offspring", "switches", "finalists")
 
 
@@ -113,9 +112,10 @@ class Evolve(Planner):
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """The models of every stage, run as a whole; and the original."""
         depth = architecture.n_layers
-        first = self.settings.initial + 2 + 2 * target
-        models = _passes(first, sequences) + self.settings.generations * _passes(self.settings.offspring, sequences)
-        return depth + models * target
+        greedy = sum(_passes(left, sequences) * (left - 1) for left in range(depth, target, -1))
+        models = _passes(2 * target + 1, sequences)  # blocks
+        models += self.settings.generations * _passes(self.settings.offspring, sequences)
+        return depth + greedy + models * target
 
 
 class _Search:
@@ -139,8 +139,13 @@ class _Search:
     def run(self) -> tuple[Kept, list[float]]:
         """The best model, and the loss of the best one after each generation."""
         generations, removed = self.settings.generations, self.depth - self.target
-        with current().task("evolving", 1 + generations, units=removed) as task:
-            best = self._select(self._initial(), None)
+        with current().task("evolving", removed + 1 + generations, units=removed) as task:
+            greedy: Kept | None = tuple(range(2 * self.depth))
+            for left in range(self.depth, self.target, -1):
+                task.note(f"greedy removal, {left} layers")
+                greedy = None if greedy is None else self._without_one(greedy)
+                task.advance()
+            best = self._select(self._blocks(), greedy)
             losses = [self._loss(best)]
             for _ in range(generations):
                 task.note(f"{self.settings.criterion} {losses[-1]:.4f}")
@@ -152,7 +157,8 @@ class _Search:
 
     def ranked(self) -> list[Kept]:
         """The models that were evaluated on all of the text, best first."""
-        known = [kept for kept, start, stop in self.losses if (start, stop) == (0, self.number)]
+        whole = (0, self.number)
+        known = [kept for kept, *rows in self.losses if (*rows,) == whole and len(kept) == 2 * self.target]
         return sorted(known, key=self._loss)
 
     def ops(self, kept: Kept) -> tuple[Op, ...] | None:
@@ -171,20 +177,18 @@ class _Search:
             self._joined[attention, mlp] = without_half_layers(self.model, attention, mlp - attention + 1)
         return self._joined[attention, mlp]
 
-    def _initial(self) -> list[Kept]:
-        """The initial population: drops of least influence, of blocks of adjacent layers, and of random layers."""
-        removed = self.depth - self.target
-        influence = [measure.influence for measure in self.model.measures]
-        dropped: list[Iterable[int]] = [sorted(range(self.depth), key=lambda layer: influence[layer])[:removed]]
-        dropped += [range(start, start + removed) for start in range(self.target + 1)]
-        dropped += [self.random.sample(range(self.depth), removed) for _ in range(self.settings.initial)]
-        left = [{2 * layer + part for layer in layers for part in (0, 1)} for layers in dropped]
-        if self.settings.half_layers:
-            left += [set(range(2 * start + 1, 2 * (start + removed) + 1)) for start in range(self.target)]
-        whole = (tuple(place for place in range(2 * self.depth) if place not in gone) for gone in left)
-        found = [kept for kept in dict.fromkeys(whole) if self.ops(kept) is not None]
-        check((bool(found), f"evolve finds no {removed} layers that can be removed together.", "Choose sleb."))
-        return found
+    def _without_one(self, kept: Kept) -> Kept | None:
+        """The best model of one layer less; None where no layer can be removed."""
+        tried = [kept[:place] + kept[place + 2 :] for place in range(0, len(kept), 2)]
+        tried = [each for each in tried if self.ops(each) is not None]
+        return self._select(tried, None) if tried else None
+
+    def _blocks(self) -> list[Kept]:
+        """The original without each block of adjacent layers."""
+        gone = 2 * (self.depth - self.target)
+        starts = range(0, 2 * self.target + 1, 1 if self.settings.half_layers else 2)
+        blocks = [(*range(start), *range(start + gone, 2 * self.depth)) for start in starts]
+        return [kept for kept in blocks if self.ops(kept) is not None]
 
     def _offspring(self, parent: Kept) -> list[Kept]:
         """Distinct mutations of a model that were not evaluated on all of the text; maybe fewer than asked for."""
@@ -215,7 +219,9 @@ class _Search:
             losses = self._evaluate(tried, slice(start, start + size))
             tried = sorted(tried, key=losses.__getitem__)[:left]
         self._evaluate(tried, slice(0, self.number))
-        return min([*([] if parent is None else [parent]), *tried], key=self._loss)
+        models = [*([] if parent is None else [parent]), *tried]
+        check((bool(models), f"evolve finds no {self.depth - self.target} layers to remove.", "Choose sleb."))
+        return min(models, key=self._loss)
 
     def _loss(self, kept: Kept) -> float:
         return self.losses[kept, 0, self.number] / float(self.model.counts_N.sum())
