@@ -104,7 +104,7 @@ class Bench:
         folder, key, started = self.out / f"effort-{effort}-{layers}", f"effort {effort} {layers}", time.perf_counter()
         if key not in self.found:
             out = Output(path=folder, run=self.plans / f"effort-{effort}", overwrite=folder.exists())
-            text, evaluation = TextSpec(sources=tuple(self.data)), EvalSpec(windows=8, speed=False)
+            text, evaluation = TextSpec(sources=tuple(self.data)), EvalSpec(windows=(8,), speed=False)
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers, effort=effort), text=text, evaluation=evaluation)
             self.measure(key, str(folder), time.perf_counter() - started)
@@ -115,7 +115,7 @@ class Bench:
         started = time.perf_counter()
         if not folder.exists():
             out = Output(path=folder, run=self.plans / method)
-            evaluation = EvalSpec(windows=8, speed=False)
+            evaluation = EvalSpec(windows=(8,), speed=False)
             with progress.shown():
                 intarsia.compress("demo", out, Target(layers=layers), evaluation=evaluation, **self.planning(method))
         if key not in self.found:

@@ -168,7 +168,7 @@ def work(given: argparse.Namespace) -> dict[str, Any]:
             Target(layers=given.layers),
             method=given.method,
             text=TextSpec(sources=words, tokens=given.tokens, seq_len=given.seq_len),
-            evaluation=EvalSpec(text=words, windows=2),
+            evaluation=EvalSpec(text=words, windows=(2,)),
             runtime=Runtime(
                 stream=not given.in_memory, memory=str(int(given.memory * 1e6)), batch_tokens=given.batch_tokens
             ),

@@ -175,11 +175,39 @@ class AnswerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextsAndTasks(AnswerSpec):
-    """Evaluation: measures of a model."""
+class PerplexityTexts(AnswerSpec):
+    """Evaluation: perplexity on texts, and agreement."""
 
     # Evaluation text for perplexity, as FILE or NAME=FILE; `file.txt#0.9:1` is the last tenth of a file.
     text: tuple[str, ...] = flag((), "--eval-text", "--text", metavar="FILE")
+    # Sequences to use of each evaluation text, 0 for all: one number, or one for each text.
+    windows: tuple[int, ...] = flag((64,), "--eval-windows", "--windows", metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given: Any = self.windows
+        windows: tuple[int, ...] = (given,) if isinstance(given, int) else tuple(given)
+        object.__setattr__(self, "text", words(self.text))
+        object.__setattr__(self, "windows", windows)
+        names = [named(text)[0] for text in self.text]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        counts = f"--eval-windows has {len(windows)} numbers, and there are {len(names)} texts."
+        check(
+            *at_least(0, "Give 0 for the whole text.", eval_windows=min(windows, default=0)),
+            (len(windows) in (1, len(names)), counts, "Give one number, or one for each --eval-text, in order."),
+            (twice is None, f"Two --eval-text are called {twice!r}.", "Give names: --eval-text NAME=FILE."),
+        )
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources of the evaluation texts by name (default: the file's)."""
+        return dict(map(named, self.text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextsAndTasks(PerplexityTexts):
+    """Evaluation: measures of a model."""
+
     # Tasks of lm-eval (arc_easy, gsm8k, ...), and .jsonl files of query, choices and gold, or of query and answer.
     tasks: tuple[str, ...] = flag((), metavar="NAMES")
     # Use only the first N items of each task.
@@ -191,7 +219,6 @@ class TextsAndTasks(AnswerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "text", words(self.text))
         object.__setattr__(self, "tasks", words(self.tasks))
         check(*at_least(1, "Leave it out for all items.", limit=self.limit))
 
@@ -200,14 +227,8 @@ class TextsAndTasks(AnswerSpec):
 class EvalSpec(TextsAndTasks):
     """Evaluation: measures before and after."""
 
-    # Sequences to use of each evaluation text; 0 for all.
-    windows: int = flag(64, "--eval-windows", "--windows", metavar="N")
     # Measure tokens per second too.
     speed: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(*at_least(0, "Give 0 for the whole text.", eval_windows=self.windows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +289,16 @@ class Output(JobOutput):
 
     # Print the plan and an estimate of its cost; write nothing.
     dry_run: bool = False
+
+
+def named(text: str) -> tuple[str, str]:
+    """Name and source of an evaluation text or a model that is given as NAME=SOURCE or SOURCE."""
+    name, equals, source = text.partition("=")
+    if equals and name and not any(mark in name for mark in "/\\#:") and not Path(text.partition("#")[0]).exists():
+        return name, source
+    file, _, part = text.partition("#")
+    stem = text.split(":")[1] if text.startswith("hub:") and text.count(":") else Path(file).stem
+    return (f"{stem} {part}" if part else stem), text
 
 
 def words(given: Any) -> tuple[str, ...]:

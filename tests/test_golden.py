@@ -563,8 +563,18 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         yield Shop(root)
 
 
+# Of searches the healed one and that of a library stay quick; tests/commands/test_compare.py covers `compare` too.
+SLOW = {("verbs", "compare"), *(("searches", name) for name in SEARCHES if name not in ("evolve-heal", "smac"))}
+
+
 @pytest.mark.parametrize(
-    ("group", "name"), [(group, name) for group, cases in CASES.items() for name in cases], ids=lambda word: word
+    ("group", "name"),
+    [
+        pytest.param(group, name, marks=[pytest.mark.exhaustive] if (group, name) in SLOW else [])
+        for group, cases in CASES.items()
+        for name in cases
+    ],
+    ids=lambda word: word,
 )
 def test_golden(group: str, name: str, shop: Shop) -> None:
     wanted = json.loads((GOLDEN / f"{group}.json").read_text(encoding="utf-8"))[name]
@@ -598,7 +608,8 @@ def durable_writes(stop_at: int | None) -> Iterator[list[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("verb", JOBS)
+# Killed in the midst of a search: tests/commands/test_tailor.py.
+@pytest.mark.parametrize("verb", [*list(JOBS)[:-1], pytest.param("tailor", marks=pytest.mark.exhaustive)])
 def test_interrupted_and_given_again(verb: str, shop: Shop) -> None:
     job = JOBS[verb](shop)
     with durable_writes(None) as seen:

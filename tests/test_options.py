@@ -20,7 +20,7 @@ def said(error: UserError) -> list[str]:
 def test_defaults() -> None:
     assert TextSpec() == TextSpec(sources=("self",), tokens=None, seq_len=512, seed=0)
     assert (TextSpec().length, TextSpec(tokens=1024).length) == (65_536, 1024)
-    assert EvalSpec() == EvalSpec(text=(), windows=64, tasks=(), limit=None, speed=True)
+    assert EvalSpec() == EvalSpec(text=(), windows=(64,), tasks=(), limit=None, speed=True)
     assert Output(path=Path("out")).shard_bytes == 5 * 10**9
     assert Runtime(memory="1.5GiB").memory_bytes == 3 * 2**29
     assert Runtime().memory_bytes is None
@@ -56,6 +56,13 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
         (Runtime, {"batch_tokens": 0}, "--batch-tokens is 0; it must be at least 1."),
         (Runtime, {"devices": "cuda:0", "stream": True}, "--devices is given with --device or --stream."),
         (EvalSpec, {"limit": 0}, "--limit is 0; it must be at least 1."),
+        (EvalSpec, {"windows": -1}, "--eval-windows is -1; it must be at least 0."),
+        (
+            EvalSpec,
+            {"text": ("a.txt", "b.txt"), "windows": (1, 2, 3)},
+            "--eval-windows has 3 numbers, and there are 2 texts.",
+        ),
+        (EvalSpec, {"text": ("a.txt", "other/a.txt")}, "Two --eval-text are called 'a'."),
         (Output, {"path": ""}, "There is no output folder."),
         (Output, {"path": "o", "private": True}, "--private is given without --push-to-hub."),
         (ModelRef, {"model": ""}, "The model has no name."),
@@ -65,6 +72,12 @@ def test_values_that_cannot_be(kind: type, values: dict[str, Any], message: str)
     with pytest.raises(UserError) as caught:
         kind(**values)
     assert said(caught.value) == [message]
+
+
+def test_evaluation_texts_and_their_names() -> None:
+    spec = EvalSpec(text=("wiki=w.txt", "news.txt#0.9:1", "hub:org/set:train"), windows=4)
+    assert spec.sources == {"wiki": "w.txt", "news 0.9:1": "news.txt#0.9:1", "org/set": "hub:org/set:train"}
+    assert spec.windows == (4,)
 
 
 def test_a_target_is_required_where_it_must_be() -> None:

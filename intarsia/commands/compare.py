@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.errors import Problems, at_least, check
+from intarsia.errors import Problems, check
 from intarsia.flags import Flag, Result, flag, plain
-from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec, words
+from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec, named, words
 from intarsia.registry import Chosen, heal_stages, planners, words_of
 from intarsia.run_dir import RunDir
 
@@ -77,8 +77,6 @@ class Entrants:
 class CompareEval(TextsAndTasks):
     """Evaluation: measures of each model."""
 
-    # Sequences to use of each evaluation text, 0 for all: one number, or one for each text.
-    windows: tuple[int, ...] = flag((64,), "--eval-windows", metavar="N")
     # Depths to score on tasks (default: all).
     task_layers: tuple[int, ...] | None = flag(None, metavar="N,N")
     # Measure tokens per second too, alternating each model with the original.
@@ -86,15 +84,9 @@ class CompareEval(TextsAndTasks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers: Any = self.windows
-        windows: tuple[int, ...] = (numbers,) if isinstance(numbers, int) else tuple(numbers)
-        object.__setattr__(self, "windows", windows)
-        counts = f"--eval-windows has {len(windows)} numbers, and there are {len(self.text)} texts."
         alone = self.task_layers is not None and not self.tasks
         check(
             (bool(self.text or self.tasks), "There is nothing to measure.", "Give --eval-text or --tasks."),
-            *at_least(0, "Give 0 for the whole text.", eval_windows=min(windows, default=0)),
-            (len(windows) in (1, len(self.text)), counts, "Give one number, or one for each --eval-text, in order."),
             (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
         )
 
@@ -158,6 +150,7 @@ def compare(
     from intarsia.commands.job import Job, pin_text
     from intarsia.disk import check_no_input
     from intarsia.evaluation.agreement import Asked
+    from intarsia.evaluation.perplexity import eval_corpora
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.evaluation.tasks import TaskPlan
     from intarsia.healing.pipeline import check_stages, check_turns
@@ -170,10 +163,10 @@ def compare(
 
     # Input: find every problem before any work.
     methods = planners.choose_all(",".join(entrants.methods)) if entrants.methods else ()
-    heals, given = entrants.heals(), [_named(each) for each in entrants.models]
+    heals, given = entrants.heals(), [named(each) for each in entrants.models]
     for stages in heals.values():
         check_stages(stages, runtime)
-    read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
+    read = [*text.sources, *evaluation.sources.values(), *evaluation.tasks, *filter(None, [evaluation.prompts])]
     own = [] if evaluation.include_path is None else [evaluation.include_path]
     check_no_input(out, inputs_of(models=[model, *(source for _, source in given)], texts=read, files=own))
     job = Job(model, text, runtime)
@@ -191,7 +184,7 @@ def compare(
         (not strangers, f"--task-layers names {_listed(strangers)}.", "Add them to --layers."),
         (not streamed, whole_model, "Leave one of them out."),
     )
-    texts = _texts(evaluation, job)
+    texts = eval_corpora(evaluation, job.tokenizer, seq_len=text.seq_len)
     tasks = TaskPlan.of(evaluation, job.tokenizer)
     asked = Asked.of(evaluation, job.tokenizer, job.checkpoint.architecture.config, stream=runtime.stream)
     estimate = tuple(_estimate(method, job, depths, heals) for method in methods)
@@ -268,19 +261,6 @@ def compare(
     )
 
 
-def _texts(evaluation: CompareEval, job: Job) -> dict[str, Corpus]:
-    """The evaluation texts by name (default: the file's)."""
-    from intarsia.evaluation.perplexity import eval_corpus
-
-    windows = evaluation.windows if len(evaluation.windows) > 1 else evaluation.windows * len(evaluation.text)
-    found: dict[str, Corpus] = {}
-    for given, count in zip(evaluation.text, windows, strict=True):
-        name, source = _named(given)
-        check((name not in found, f"Two --eval-text are called {name!r}.", "Give names: --eval-text NAME=FILE."))
-        found[name] = eval_corpus(source, job.tokenizer, seq_len=job.spec.seq_len, windows=count)
-    return found
-
-
 def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) -> dict[str, Job]:
     """The existing models by the names of their rows; `taken` are names of other rows."""
     from intarsia.commands.job import Job, check_same_tokenizer
@@ -293,16 +273,6 @@ def _models(given: Sequence[tuple[str, str]], job: Job, taken: Sequence[str]) ->
             check_same_tokenizer(job, found[name])
     problems.raise_any()
     return found
-
-
-def _named(text: str) -> tuple[str, str]:
-    """Name and source of an evaluation text, or of a model."""
-    name, equals, source = text.partition("=")
-    if equals and name and not any(mark in name for mark in "/\\#:") and not Path(text.partition("#")[0]).exists():
-        return name, source
-    file, _, part = text.partition("#")
-    stem = text.split(":")[1] if text.startswith("hub:") and text.count(":") else Path(file).stem
-    return (f"{stem} {part}" if part else stem), text
 
 
 def _settings(run: RunDir, job: Job, texts: Mapping[str, Corpus]) -> dict[str, Any]:
@@ -337,7 +307,7 @@ def _report_facts(job: Job, run: RunDir, texts: Mapping[str, Corpus], evaluation
 
     settings = run.pinned()
     nested = ("calibration", "tokens", "seq_len", "seed")
-    sources = [_named(given)[1] for given in evaluation.text]
+    sources = list(evaluation.sources.values())
     named_tasks = run.pinned("tasks") if (run.path / "tasks.json").is_file() else {}
     read = (run.path / "calibration.json").is_file()  # missing if there are only existing models
     return {

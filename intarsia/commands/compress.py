@@ -116,7 +116,7 @@ def compress(
     if (run.path / _UNMEASURED).is_file() and (out.path / RECIPE_FILE).is_file():
         found = schema.content_hash(schema.load(out.path / RECIPE_FILE))
         unmeasured = found if (run.path / _UNMEASURED).read_text(encoding="utf-8") == found else None
-    read = [*text.sources, *evaluation.text, *evaluation.tasks, *filter(None, [evaluation.prompts])]
+    read = [*text.sources, *evaluation.sources.values(), *evaluation.tasks, *filter(None, [evaluation.prompts])]
     inputs = inputs_of(models=[model], texts=read)
     check_out(out.path, overwrite=out.overwrite or unmeasured is not None, inputs=inputs)
     check_no_input(run.path, inputs)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from intarsia.commands.push import push_later
 from intarsia.disk import require_room
-from intarsia.errors import at_least, check
+from intarsia.errors import check
 from intarsia.flags import Flag, Result, flag
-from intarsia.options import AnswerSpec, JobOutput, Runtime, TextSpec
+from intarsia.options import JobOutput, PerplexityTexts, Runtime, TextSpec
 from intarsia.progress import current
 from intarsia.recipe import schema
 from intarsia.recipe.algebra import reference_layers
@@ -46,20 +46,6 @@ class TrainingText(TextSpec):
 
     # Training text, as --calibration of `plan`.
     sources: tuple[str, ...] = flag(MISSING, "--data", metavar="SPEC")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityTexts(AnswerSpec):
-    """Evaluation: measures beside the held-out perplexity."""
-
-    # Evaluation texts, whose perplexity is reported after every stage.
-    text: tuple[str, ...] = flag((), "--eval-text", metavar="FILE")
-    # Sequences to use of each evaluation text; 0 for all.
-    windows: int = flag(64, "--eval-windows", metavar="N")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(*at_least(0, "Give 0 for the whole text.", eval_windows=self.windows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +128,7 @@ def heal(
     from intarsia.commands.report import REPORT
     from intarsia.disk import check_no_input, check_out
     from intarsia.evaluation.agreement import Asked
-    from intarsia.evaluation.perplexity import eval_corpus
+    from intarsia.evaluation.perplexity import eval_corpora
     from intarsia.evaluation.speed import peak_memory_bytes
     from intarsia.healing import training
     from intarsia.healing.pipeline import HealContext, check_stages, check_turns, pinned, run_stages
@@ -160,17 +146,14 @@ def heal(
     inputs = inputs_of(
         models=[] if teacher is None else [teacher],
         recipe=recipe,
-        texts=[*text.sources, *evaluation.text, *filter(None, [evaluation.prompts])],
+        texts=[*text.sources, *evaluation.sources.values(), *filter(None, [evaluation.prompts])],
         files=[source, source.with_suffix(".safetensors")],  # a recipe has a side file
     )
     if main:
         check_out(out.path, overwrite=out.overwrite, inputs=inputs)
         check_no_input(run.path, inputs)
     subject = Subject(recipe, run.path, teacher, text, runtime)
-    reported = tuple(
-        eval_corpus(name, subject.tokenizer, seq_len=text.seq_len, windows=evaluation.windows)
-        for name in evaluation.text
-    )
+    reported = tuple(eval_corpora(evaluation, subject.tokenizer, seq_len=text.seq_len).values())
     check_turns(chosen, subject.tokenizer)
     asked = Asked.of(evaluation, subject.tokenizer, subject.base.architecture.config, stream=runtime.stream)
     settings = {
@@ -178,7 +161,7 @@ def heal(
         **{name: getattr(text, name) for name in ("tokens", "seq_len", "seed")},
         "data": list(text.sources),
         "eval_text": list(evaluation.text),
-        "eval_windows": evaluation.windows,
+        "eval_windows": list(evaluation.windows),
         "processes": training.world_size(),
         "stages": [each.name for each in chosen],
         **{each.name: {key: value for key, value in pinned(each).items() if key != "name"} for each in chosen},

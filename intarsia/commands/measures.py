@@ -20,7 +20,7 @@ from intarsia.data.corpus import Corpus
 from intarsia.disk import write_whole
 from intarsia.errors import UserError
 from intarsia.evaluation.agreement import Asked, doubt
-from intarsia.evaluation.perplexity import Chain, eval_corpus, model_of, perplexity
+from intarsia.evaluation.perplexity import Chain, eval_corpora, model_of, perplexity
 from intarsia.evaluation.results import Agreement, Perplexity, Speed, TaskResults, with_retention
 from intarsia.evaluation.speed import compare_speed
 from intarsia.evaluation.tasks import TaskPlan, score_tasks
@@ -92,10 +92,8 @@ class Evaluation:
             raise UserError(
                 "--tasks is given with --stream, but tasks need the whole model in memory.", "Leave one of them out."
             )
-        how: dict[str, Any] = {"seq_len": job.spec.seq_len, "windows": spec.windows}
-        named = {text.rpartition("=")[0] or text: text.rpartition("=")[2] for text in spec.text}
         return cls(
-            texts={name: eval_corpus(source, job.tokenizer, **how) for name, source in named.items()},
+            texts=eval_corpora(spec, job.tokenizer, seq_len=job.spec.seq_len),
             tasks=TaskPlan.of(spec, job.tokenizer),
             speed=spec.speed and not job.runtime.stream,
             asked=Asked.of(spec, job.tokenizer, job.checkpoint.architecture.config, stream=job.runtime.stream),

@@ -25,6 +25,7 @@ from intarsia.data.sources import bytes_for, documents
 from intarsia.errors import UserError
 from intarsia.evaluation.likelihood import evaluating
 from intarsia.evaluation.results import Perplexity
+from intarsia.options import PerplexityTexts
 from intarsia.progress import current
 from intarsia.recipe.recipe import Recipe, Variant, identity
 
@@ -90,6 +91,19 @@ def model_of(recipe: Recipe | None, resident: LoadedModel, *, memory_budget: Mem
     checkpoint = resident.checkpoint
     whole = identity(Variant(name="base", model=checkpoint.model), checkpoint.architecture.n_layers)
     return Chain(recipe or whole, resident, memory_budget=memory_budget)
+
+
+def eval_corpora(texts: PerplexityTexts, tokenizer: Any, *, seq_len: int) -> dict[str, Corpus]:
+    """The evaluation texts by name.
+
+    Raises:
+        UserError: a text cannot be used.
+    """
+    windows = texts.windows * len(texts.text) if len(texts.windows) == 1 else texts.windows
+    return {
+        name: eval_corpus(source, tokenizer, seq_len=seq_len, windows=count)
+        for (name, source), count in zip(texts.sources.items(), windows, strict=True)
+    }
 
 
 def eval_corpus(spec: str, tokenizer: Any, *, seq_len: int = 512, windows: int | None = 64) -> Corpus:

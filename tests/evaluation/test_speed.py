@@ -84,6 +84,7 @@ print(grown.bytes)
 """
 
 
+@pytest.mark.exhaustive
 def test_growth_is_what_a_block_takes_at_most() -> None:
     """What was needed before does not count.
 

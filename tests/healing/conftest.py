@@ -11,10 +11,11 @@ import torch
 
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.commands import heal as verb
-from intarsia.commands.heal import HealedModel, HealResult, PerplexityTexts, TrainingText
+from intarsia.commands.heal import HealedModel, HealResult, TrainingText
 from intarsia.data.corpus import Corpus
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
+from intarsia.options import PerplexityTexts
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.conftest import Opened
@@ -49,7 +50,7 @@ def heal(
         TrainingText(**{"sources": sources, "tokens": 1024, "seq_len": 32, **text}),  # type: ignore[arg-type]
         stages=[quick.get(stage, stage) if isinstance(stage, str) else stage for stage in stages],
         teacher=teacher,
-        evaluation=PerplexityTexts(text=tuple(eval_text), windows=4, answers=2, answer_tokens=8),
+        evaluation=PerplexityTexts(text=tuple(eval_text), windows=(4,), answers=2, answer_tokens=8),
     )
 
 

@@ -105,7 +105,9 @@ def test_a_finished_fit_is_only_read(compress: Compress, tmp_path: Path, monkeyp
         compress("third", heal="closed-form[fit_changed=mlp]")
 
 
-@pytest.mark.parametrize("where", ["before", "while", "after"])
+@pytest.mark.parametrize(
+    "where", ["while", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("before", "after"))]
+)
 def test_stopped_and_continued(where: str, compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = compress("undisturbed", run=tmp_path / "undisturbed.run")
     run = tmp_path / "stopped.run"

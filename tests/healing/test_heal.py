@@ -21,13 +21,13 @@ from intarsia.checkpoint.resolve import open_checkpoint
 from intarsia.cli import main
 from intarsia.commands import heal as verb
 from intarsia.commands.build import read_recipe
-from intarsia.commands.heal import HealResult, PerplexityTexts, TrainingText
+from intarsia.commands.heal import HealResult, TrainingText
 from intarsia.commands.job import load_tokenizer
 from intarsia.data.corpus import Corpus
 from intarsia.data.text import draw
 from intarsia.errors import UserError
 from intarsia.healing.training import own_device, read_curve
-from intarsia.options import TextSpec
+from intarsia.options import PerplexityTexts, TextSpec
 from intarsia.recipe import schema
 from intarsia.recipe.recipe import Recipe
 from tests import families

@@ -41,8 +41,8 @@ def test_sizes_follow_from_the_config(checkpoint_of: Opened) -> None:
         ("angular", 6),
         ("taylor", 6 * 4),
         ("come", 6 + 5 + 4),
-        # Greedily 6 models of 5 layers, and 5 of 4: on 2 sequences of 16, 2 on 8, one on all. Then 5 + 4 blocks: on 2, 3 on
-        # 8, 2 on all; then 4 mutations.
+        # Greedily 6 models of 5 layers, and 5 of 4: on 2 sequences of 16, 2 on 8, one on all. Then 5 + 4 blocks: on 2,
+        # 3 on 8, 2 on all; then 4 mutations.
         (
             "evolve[generations=3,offspring=4]",
             6 + 5 * (6 / 8 + 2 / 2 + 1) + 4 * (5 / 8 + 2 / 2 + 1 + 9 / 8 + 3 / 2 + 2 + 3 * (4 / 8 + 1 / 2 + 1)),

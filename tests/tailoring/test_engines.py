@@ -240,6 +240,7 @@ def best_sum(engine: Engine, trials: int) -> float:
     return best
 
 
+@pytest.mark.exhaustive
 def test_evolution_beats_random_search() -> None:
     """At 300 trials, for each of three seeds."""
     menu = make_translator().space.menu
