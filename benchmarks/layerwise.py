@@ -36,7 +36,7 @@ def training_of(resident: LoadedModel, settings: LayerwiseSettings, *, steps: in
     recipe = whole.with_layers([*whole.layers[: _LAYER + 1], *whole.layers[_LAYER + 2 :]])
     batch = settings.batch_tokens // seq_len
     ids_NT = torch.randint(resident.architecture.vocabulary, (batch * (steps + 1), seq_len))
-    text = Text(ids_NT=ids_NT, mask_NT=None, train=batch * steps, sha256="")
+    text = Text(ids_NT=ids_NT, mask_NT=None, train=batch * steps)
     work = Work(recipe, resident, resident, text, settings, None, MemoryBudget())
     work.reach(_LAYER, {}, Task())
     return LayerTraining(work, _LAYER)

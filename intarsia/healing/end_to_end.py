@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from intarsia.disk import require_room, write_whole
 from intarsia.healing.settings import changed_layers
 from intarsia.healing.stages.end_to_end import TEACHER_PASSES, EndToEndSettings
 from intarsia.healing.student import PARTS, Distiller, Lesson, build_student, load_student, with_trained
-from intarsia.healing.teacher import TeacherSource, TopK, top_k_folder, write_top_k
+from intarsia.healing.teacher import Teacher, TopK, write_top_k
 from intarsia.healing.training import (
     Curve,
     Standing,
@@ -54,7 +54,7 @@ def train(
     recipe: Recipe,
     variants: Mapping[str, Checkpoint],
     text: Text,
-    teacher: TeacherSource,
+    teacher: Callable[[], Teacher],
     *,
     settings: EndToEndSettings | None = None,
     folder: Path,
@@ -66,7 +66,7 @@ def train(
 
     Args:
         variants: the opened checkpoints of the recipe.
-        teacher: with the depths of `lesson_depths`.
+        teacher: loads the teacher, with the depths of `lesson_depths`, if it is needed.
         folder: for the student and the state of the training. Its files must be of the same call.
 
     Raises:
@@ -115,7 +115,7 @@ class WholeTraining:
         self,
         recipe: Recipe,
         text: Text,
-        teacher: TeacherSource,
+        teacher: Callable[[], Teacher],
         settings: EndToEndSettings,
         folder: Path,
         accelerator: Any,
@@ -135,7 +135,7 @@ class WholeTraining:
             self._top_k(teacher, architecture.vocabulary) if settings.top_k is not None and settings.logits else None
         )
         needed = depths or (settings.logits and self.top_k is None)
-        self.teacher = teacher.load() if needed else None
+        self.teacher = teacher() if needed else None
         stored = Checkpoint.open(student, model=str(student)).dtype
         auto = stored != torch.float32 and fast_products(torch.bfloat16, self.device)
         distiller = Distiller(
@@ -156,8 +156,8 @@ class WholeTraining:
         self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
         self.curve = Curve(folder / "curve.jsonl", accelerator, settings)
 
-    def _top_k(self, teacher: TeacherSource, vocabulary: int) -> TopK:
-        place = top_k_folder(teacher.cache or self.folder, teacher, self.text, self.settings)
+    def _top_k(self, teacher: Callable[[], Teacher], vocabulary: int) -> TopK:
+        place = self.folder / "likeliest"
         if self.accelerator.is_main_process:
             write_top_k(place, self.text, teacher, self.settings, vocabulary=vocabulary, batch=self.micro)
         self.accelerator.wait_for_everyone()

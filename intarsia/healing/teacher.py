@@ -3,20 +3,17 @@
 `TeacherStates` depend on the model and the text alone, so several fits may share them, and a student starts at its
 first layer that differs from the teacher's. If the whole model was measured before, its hidden states are reused.
 
-Logits come from the teacher itself, or from a cache of its likeliest tokens on disk. The cache is written once for a
-teacher, a text, a K and a temperature, named after these, and memory-mapped from then on. It appears whole or
-not at all.
+Logits come from the teacher itself, or from its likeliest tokens, which are written to the run folder once, whole or
+not at all, and memory-mapped from then on.
 
 Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residual width, `K` kept tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -171,16 +168,6 @@ class Teacher:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherSource:
-    """A teacher that is loaded when it is needed, and its identity."""
-
-    load: Callable[[], Teacher]
-    sha256: str
-    # Where the cache of its likeliest tokens is; None: in the run folder.
-    cache: Path | None = None
-
-
 class TopK:
     """The teacher's K likeliest tokens at every position of a text, memory-mapped."""
 
@@ -194,22 +181,16 @@ class TopK:
         return Likeliest(*(array.flatten(0, 1).to(device) for array in copied))
 
 
-def top_k_folder(root: Path, teacher: TeacherSource, text: Text, settings: EndToEndSettings) -> Path:
-    """Where the cache for these is."""
-    facts = json.dumps([1, teacher.sha256, text.sha256, settings.top_k, settings.temperature])
-    return root / f"top-{settings.top_k}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
-
-
 def write_top_k(
     folder: Path,
     text: Text,
-    teacher: TeacherSource,
+    teacher: Callable[[], Teacher],
     settings: EndToEndSettings,
     *,
     vocabulary: int,
     batch: int,
 ) -> None:
-    """Run the teacher over a text and write its K likeliest tokens, unless the cache exists.
+    """Run the teacher over a text and write its K likeliest tokens, unless the folder exists.
 
     Raises:
         UserError: the disk is full, or the teacher's logits are not finite.
@@ -222,7 +203,7 @@ def write_top_k(
     shape = (*ids_NT.shape, k)
     nbytes = ids_NT.numel() * k * 8
     with staged_folder(folder, nbytes=nbytes, sign=_SIGN) as staging:
-        model = teacher.load()
+        model = teacher()
         device = next(model.split.model.parameters()).device
         task_name = f"the teacher's {k} likeliest tokens"
         with current().task(task_name, len(ids_NT)) as task, ExitStack() as stack:

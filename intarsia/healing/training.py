@@ -44,8 +44,6 @@ class Text:
     mask_NT: Tensor | None
     # Number of training sequences.
     train: int
-    # Hash of all sequences.
-    sha256: str
     # True where losses count on the next token; None for everywhere.
     counted_NT: Tensor | None = None
 
@@ -79,7 +77,6 @@ class Text:
             counted_NT=counted_NT,
             mask_NT=None if corpus.mask is None and held_out.mask is None else torch.cat(masks),
             train=len(corpus),
-            sha256=f"{corpus.sha256}-{held_out.sha256}",
         )
 
     @property

@@ -19,7 +19,7 @@ from intarsia.healing.settings import ClosedFormSettings
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.stages.layerwise import LayerwiseSettings
 from intarsia.healing.student import load_student
-from intarsia.healing.teacher import Teacher, TeacherSource
+from intarsia.healing.teacher import Teacher
 from intarsia.healing.training import Text
 from tests import families
 from tests.conftest import InMemory, Opened
@@ -93,7 +93,7 @@ def test_low_rank_changes_are_of_the_attention(cut: Cut, tokens: Tokens, tmp_pat
         recipe,
         {"base": checkpoint},
         Text.of(*tokens()),
-        TeacherSource(load=teacher, sha256="T"),
+        teacher,
         folder=tmp_path,
         device=CPU,
         settings=replace(settings, hidden=0.0),

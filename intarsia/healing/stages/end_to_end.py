@@ -103,22 +103,16 @@ def memory(settings: EndToEndSettings, parameters: int, teacher_bytes: int) -> i
 @heal_stage("end-to-end", settings=EndToEndSettings, whole_model=True, check=check, memory=memory, paper="2510.15304")
 def end_to_end(context: HealContext, recipe: Recipe, settings: EndToEndSettings) -> Recipe:
     """Train the whole model toward the original: next tokens, and hidden states where that is asked for."""
-    from intarsia.checkpoint.hashing import cache_folder, scan
     from intarsia.healing.end_to_end import lesson_depths, train
-    from intarsia.healing.teacher import Teacher, TeacherSource
+    from intarsia.healing.teacher import Teacher
     from intarsia.healing.training import Text
 
     checkpoint = context.teacher or context.variants[recipe.base]
-    teacher = TeacherSource(
-        load=lambda: Teacher(context.teaching.model, checkpoint.architecture, lesson_depths(recipe, settings)),
-        sha256=scan(checkpoint),
-        cache=cache_folder() / "teachers",
-    )
     found, reports = train(
         recipe,
         context.variants,
         Text.of(context.calibration, context.held_out, turns=context.turns(settings.loss_on)),
-        teacher,
+        lambda: Teacher(context.teaching.model, checkpoint.architecture, lesson_depths(recipe, settings)),
         settings=settings,
         folder=context.folder,
         device=context.device,
