@@ -38,8 +38,8 @@ class EndToEndSettings(Pace):
     cross_entropy: float = 0.0
     # Temperature of the KL of next tokens.
     temperature: float = 1.0
-    # Learn from a cache of the teacher's K likeliest tokens, written once and reused; `none` learns from all tokens,
-    # with the teacher beside the student.
+    # Learn from the teacher's K likeliest tokens, written before the training; `none` learns from all tokens, with the
+    # teacher beside the student.
     top_k: int | None = 64
     # Rank of low-rank changes to every linear layer (of a mixture, of its attention); `none` trains all parameters of
     # the layers.
@@ -50,7 +50,7 @@ class EndToEndSettings(Pace):
     # Recompute activations in the backward pass: slower, and much less memory.
     checkpointing: bool = False
     # `bf16` runs products in bfloat16 with parameters in float32; `no` runs all in float32; `auto` is bf16 for a model
-    # stored in 16 bits.
+    # stored in 16 bits, where such products are fast.
     precision: Literal["auto", "bf16", "no"] = "auto"
     # A tracker that Accelerate knows, such as `tensorboard`.
     log: str | None = None
