@@ -191,7 +191,7 @@ class PerplexityTexts(AnswerSpec):
         object.__setattr__(self, "windows", windows)
         names = [named(text)[0] for text in self.text]
         twice = next((name for name in names if names.count(name) > 1), None)
-        counts = f"--eval-windows has {len(windows)} numbers, and there are {len(names)} texts."
+        counts = f"--eval-windows has {len(windows)} numbers, and --eval-text {len(names)}."
         check(
             *at_least(0, "Give 0 for the whole text.", eval_windows=min(windows, default=0)),
             (len(windows) in (1, len(names)), counts, "Give one number, or one for each --eval-text, in order."),

@@ -60,7 +60,7 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
         (
             EvalSpec,
             {"text": ("a.txt", "b.txt"), "windows": (1, 2, 3)},
-            "--eval-windows has 3 numbers, and there are 2 texts.",
+            "--eval-windows has 3 numbers, and --eval-text 2.",
         ),
         (EvalSpec, {"text": ("a.txt", "other/a.txt")}, "Two --eval-text are called 'a'."),
         (Output, {"path": ""}, "There is no output folder."),
