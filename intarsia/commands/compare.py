@@ -214,7 +214,13 @@ def compare(
     if missing or unknown:
         if methods:
             _ = job.text.calibration  # a mistyped text must not leave a folder
-        with run.opened(settings), progress.current().task("comparing", len(missing) + len(unknown)) as task:
+        # Rows cost what their methods cost, so the bar moves by whole rows.
+        shown = progress.current()
+        with (
+            run.opened(settings),
+            shown.task("comparing", len(missing) + len(unknown)) as task,
+            shown.task("", 1, units=0.0),
+        ):
             if methods:
                 pin_text(run, job)
             if tasks is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from intarsia.commands import compare as verb
 from intarsia.commands.compare import CompareEval, CompareResult, Entrants
 from intarsia.errors import Problem, UserError
 from intarsia.options import AnswerSpec, EvalSpec, NewModel, Output, Target, TextSpec
+from intarsia.progress import Display, reporting_to
 from intarsia.pruning.ladder import Ladder
 from intarsia.recipe import schema
 from intarsia.registry import planners
@@ -231,7 +233,17 @@ def test_methods_share_a_pass(model_folder: Folder, halves: Sizes, tmp_path: Pat
         "mka",
         "come[distance=last-token]",
     ]
-    result = compare(model, tmp_path / "compare", methods=methods, layers=[4], **halves)
+    shares = set()
+
+    class Watched(Display):
+        def moved(self) -> None:
+            super().moved()
+            if self._tasks and self._tasks[0].title == "comparing":
+                shares.add(self._pace.share)
+
+    with reporting_to(Watched(io.StringIO())):
+        result = compare(model, tmp_path / "compare", methods=methods, layers=[4], **halves)
+    assert sorted(shares) == pytest.approx([row / 9 for row in range(10)])  # the original's, and one of each method
     rows = rows_of(tmp_path / "compare")
     assert result.passes == 2  # one of them after the final norm
     assert result.shared_layer_forwards == rows["dense", 6, "none"]["layer_forwards"] == 12
