@@ -407,6 +407,10 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
             written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
             return written
 
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # one bar is enough
+            return found
+
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:

@@ -116,14 +116,16 @@ def of_the_harness(name: str, folder: Path, model: Any, tokenizer: Any, limit: i
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-def test_local_scores_equal_those_of_lm_eval(family: str, tmp_path: Path) -> None:
+def test_local_scores_equal_those_of_lm_eval(family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Ours from the file, ours through the harness, and the harness's own agree item by item."""
     file = write_task(tmp_path, "quiz", some_questions(30))
     model = families.make_model(family)
     theirs = of_the_harness("quiz", tmp_path, model, families.make_tokenizer(), limit=25)
 
     plan = plan_tasks([str(file)], limit=25)
+    capfd.readouterr()
     (ours,) = score_tasks(plan, model, families.make_tokenizer(), name="tiny").scores
+    assert "Tokenizing" not in capfd.readouterr().err, "a bar of lm-eval beside ours"
     (task,) = load_tasks(["quiz"], include_path=tmp_path)
     tokenizer = families.make_tokenizer()
     (through,) = run_task(task, model, tokenizer, limit=25)
