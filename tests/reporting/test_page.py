@@ -276,7 +276,7 @@ def test_the_command_of_a_comparison(tmp_path: Path) -> None:
     )
     wanted = (
         "intarsia compare some/model -o out --methods come --methods 'come-p[spans=1]' --layers 5,4 --heal none "
-        "--heal closed-form --eval-text 'wiki=w.txt,news.txt#0.9:1' --tasks piqa --eval-windows 64,16 --task-layers 4 "
+        "--heal closed-form --eval-text 'wiki=w.txt,news.txt#0.9:1' --eval-windows 64,16 --tasks piqa --task-layers 4 "
         "--speed --calibration 'a b.txt,c.txt' --tokens 4096"
     )
     assert command("compare", "some/model", "-o", "out", given=given) == wanted
