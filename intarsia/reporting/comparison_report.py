@@ -35,8 +35,7 @@ def read(path: Path) -> Subject:
     found = load(path)
     return Subject(
         title=f"{model_name(found.model)}: methods compared",
-        subtitle=f"{len(found.methods)} methods, {len(found.rows)} models"
-        + (f", evaluated on {', '.join(found.texts)}" if found.texts else ""),
+        subtitle=f"{len(found.rows)} models" + (f", evaluated on {', '.join(found.texts)}" if found.texts else ""),
         base=(found.base_sha256 or "", model_name(found.model)),
         tiles=_tiles(found),
         notes=_notes(found),
