@@ -170,7 +170,8 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
 def default_dtype(checkpoint: Checkpoint, device: torch.device, *, stream: bool = False) -> torch.dtype:
     """The dtype to compute in: the stored one; float32 where products of it are slow and the memory has room.
 
-    Room is a quarter of the memory, for all weights in float32, or with `stream` for one layer and all that is none.
+    Room is a quarter of the memory, for all weights in float32; with `stream` for one layer and the weights outside of
+    layers.
     """
     architecture = checkpoint.architecture
     if fast_products(checkpoint.dtype, device):

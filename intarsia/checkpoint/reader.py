@@ -184,7 +184,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the embedding is stored, in which a loader keeps the weights."""
+        """The stored dtype of the embedding, in which transformers loads the model."""
         return self.headers[f"{self.architecture.family.modules.embedding}.weight"].dtype
 
     @property

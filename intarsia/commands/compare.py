@@ -214,7 +214,7 @@ def compare(
     if missing or unknown:
         if methods:
             _ = job.text.calibration  # a mistyped text must not leave a folder
-        # Rows cost what their methods cost, so the bar moves by whole rows.
+        # The bar counts whole rows: inside a task of no units, the steps of a plan do not move it.
         shown = progress.current()
         with (
             run.opened(settings),

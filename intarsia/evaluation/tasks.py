@@ -408,7 +408,7 @@ def _in_memory(model: torch.nn.Module, tokenizer: Any, name: str, batch_tokens: 
             return written
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # one bar is enough
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # ours is shown
             return found
 
         def _loglikelihood_tokens(

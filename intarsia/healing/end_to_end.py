@@ -137,14 +137,14 @@ class WholeTraining:
         needed = depths or (settings.logits and self.top_k is None)
         self.teacher = teacher() if needed else None
         stored = Checkpoint.open(student, model=str(student)).dtype
-        auto = stored != torch.float32 and fast_products(torch.bfloat16, self.device)
+        fast = stored != torch.float32 and fast_products(torch.bfloat16, self.device)
         distiller = Distiller(
             model,
             architecture,
             settings,
             layers=changed_layers(recipe) if depths else [],
             teacher_head=None if self.teacher is None else self.teacher.split.head,
-            autocast=settings.precision == "bf16" or (settings.precision == "auto" and auto),
+            autocast=settings.precision == "bf16" or (settings.precision == "auto" and fast),
         )
         self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
         optimiser = torch.optim.AdamW(

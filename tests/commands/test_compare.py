@@ -104,7 +104,7 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
     result = compare(
         model,
         out,
-        methods="come,laco[laco_merge=3],come-p[granularity=4,norm=average],sleb[heal_in_loop=true]",
+        methods="come,mka,laco[laco_merge=3],come-p[granularity=4,norm=average],sleb[heal_in_loop=true]",
         layers=[3, 5, 4],
         heal=["none", "closed-form"],
         tasks=[str(quiz)],
@@ -112,11 +112,11 @@ def test_the_numbers_are_those_of_the_stages_one_by_one(
         **halves,
     )
     rows = rows_of(out)
-    assert len(rows) == 1 + 4 * 3 * 2 and result.rows is not None and len(result.rows) == len(rows)
+    assert len(rows) == 1 + 5 * 3 * 2 and result.rows is not None and len(result.rows) == len(rows)
     dense = rows["dense", 6, "none"]
     assert dense["perplexity"]["words"]["value"] == perplexity_of(model, halves)
     assert dense["layer_forwards"] == result.shared_layer_forwards == 6
-    for name in ("come", "laco[laco-merge=3]", "come-p[norm=average,granularity=4]", "sleb[heal-in-loop=true]"):
+    for name in ("come", "mka", "laco[laco-merge=3]", "come-p[norm=average,granularity=4]", "sleb[heal-in-loop=true]"):
         for layers in (5, 4, 3):
             run = tmp_path / f"{name}-{layers}"
             planned = separately(model, run, halves, layers=layers, method=name)

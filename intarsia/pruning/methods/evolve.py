@@ -90,7 +90,7 @@ class Evolve(Planner):
         evidence = {
             "dropped": words_of(best, model.depth),
             "losses": losses,
-            "evaluated": len({kept for kept, _, _ in search.losses}),
+            "evaluated": len({kept for kept, _, _ in search.losses if len(kept) == len(best)}),
             "others": [kept for kept in search.ranked() if kept != best][: self.finalists - 1],
         }
         current().say(f"dropped: {evidence['dropped']}")
@@ -156,10 +156,9 @@ class _Search:
         return best, losses
 
     def ranked(self) -> list[Kept]:
-        """The models that were evaluated on all of the text, best first."""
-        whole = (0, self.number)
-        known = [kept for kept, *rows in self.losses if (*rows,) == whole and len(kept) == 2 * self.target]
-        return sorted(known, key=self._loss)
+        """The models of the target depth that were evaluated on all of the text, best first."""
+        known = [kept for kept, start, stop in self.losses if (start, stop) == (0, self.number)]
+        return sorted((kept for kept in known if len(kept) == 2 * self.target), key=self._loss)
 
     def ops(self, kept: Kept) -> tuple[Op, ...] | None:
         """The layers of a model; None if some cannot be joined, or some of the dropped ones are required."""
