@@ -50,7 +50,8 @@ def climb(resident: LoadedModel, corpus: Any, *, posterior: bool, reuse: bool, t
     model.measure()
     first = model.layer_forwards
     while model.depth > target:
-        (step,) = planner.decide(model, target, [])
+        step = planner.decide(model, target, [])
+        assert step is not None
         model.replace(step.start, step.count, step.op)
     model.close()
     return {

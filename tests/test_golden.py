@@ -80,7 +80,7 @@ OTHER_FAMILIES = {
 }
 IN_LOOP: dict[str, list[str]] = {
     "come": COME,
-    "come-p": ["--method", "come-p", "--granularity", "4", "--finalists", "2"],
+    "come-p": ["--method", "come-p", "--granularity", "4"],
     "sleb": ["--method", "sleb", "--criterion", "loss"],
     "laco": ["--method", "laco", "--laco-merge", "2"],
 }

@@ -193,7 +193,7 @@ def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path)
     assert len(corpus) == 6 and set(resident.offload.reads.values()) == {1} and len(resident.offload.reads) == 6
     planner = planner_of("come-p", ComePSettings(racing=False, spans=3))
     resident.offload.reads.clear()
-    (step,) = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
+    step = planner.decide(model, 5, [{}])  # not the first step, whose map of pieces looks at every layer
     assert step is not None and step.op is not None
     assert len(step.evidence["grid"]) > 20
     originals = [resident.offload.reads[op] for op in resident.offload.reads if op in ORIGINALS]

@@ -60,10 +60,10 @@ class Likeliest(NamedTuple):
 def _log_p_blocks(logits_NV: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
     """Float32 log-probabilities of some rows at a time, with their slice; one empty block if there are no rows."""
     step = max(1, (_CPU_BLOCK if logits_NV.device.type == "cpu" else _GPU_BLOCK) // logits_NV.shape[1])
-    for start in range(0, max(len(logits_NV), 1), step):
-        part = slice(start, start + step)
-        block_NV = logits_NV[part] if temperature == 1.0 else logits_NV[part].float() / temperature
-        yield part, torch.log_softmax(block_NV, dim=-1, dtype=torch.float32)
+    # The gradient of a split is one concatenation; of slices it is a sum over tensors of all rows.
+    for block, block_NV in enumerate(logits_NV.split(step)):
+        scaled_NV = block_NV if temperature == 1.0 else block_NV.float() / temperature
+        yield slice(block * step, (block + 1) * step), torch.log_softmax(scaled_NV, dim=-1, dtype=torch.float32)
 
 
 @torch.no_grad()

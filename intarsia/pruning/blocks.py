@@ -14,7 +14,7 @@ from intarsia.architecture.spec import Architecture
 from intarsia.healing.closed_form import Start
 from intarsia.progress import current
 from intarsia.pruning.estimate import blocks_raced
-from intarsia.pruning.race import best_of_groups, mean_loss
+from intarsia.pruning.race import best_of, mean_loss
 from intarsia.pruning.step import Change, without_half_layers
 from intarsia.recipe.algebra import half_layers
 from intarsia.recipe.recipe import Op, Recipe, identity
@@ -64,7 +64,7 @@ def best_blocks(model: Intermediate, removed: int, number: int) -> list[dict[str
 def _raced(model: Intermediate, blocks: Sequence[Change], number: int, title: str) -> list[tuple[Change, float]]:
     """The blocks of least loss, best first, each with the loss without it on the text that it was raced on."""
     _, sums = model.race(blocks, racing=True, keep=number, title=title)
-    return [(blocks[index], mean_loss(sums[index], model.counts_N)) for index in best_of_groups(sums, number)]
+    return [(blocks[index], mean_loss(sums[index], model.counts_N)) for index in best_of(sums, number)]
 
 
 def starts_of(recipe: Recipe, blocks: Sequence[Mapping[str, Any]], architecture: Architecture) -> tuple[Start, ...]:

@@ -5,7 +5,7 @@ Shape suffixes: `N` sequences, `B` sequences of a batch, `T` tokens, `D` residua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -232,13 +232,7 @@ class Intermediate(RecipeLayers):
         return self.loop.losses(map(self.path, changes), sequences=sequences or self.rows, expected=expected)
 
     def race(
-        self,
-        changes: Sequence[Change],
-        *,
-        racing: bool,
-        keep: int = 1,
-        group: Callable[[int], Hashable] | None = None,
-        title: str,
+        self, changes: Sequence[Change], *, racing: bool, keep: int = 1, title: str
     ) -> tuple[int, dict[int, Tensor]]:
         """Race changes, by their index in the list: the best, and the summed losses of each."""
 
@@ -246,7 +240,7 @@ class Intermediate(RecipeLayers):
             return self.losses_with([changes[place] for place in places], sequences=part)
 
         places = range(len(changes))
-        return race(places, losses, self.counts_N, racing=racing, keep=keep, group=group, title=title)
+        return race(places, losses, self.counts_N, racing=racing, keep=keep, title=title)
 
     def path(self, change: Change) -> Path:
         """A path through the layers from a change on, and the hidden states before it."""

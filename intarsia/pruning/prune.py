@@ -2,8 +2,7 @@
 
 With `--heal-in-loop`, every layer that is new after a step, or whose span has grown, is fitted in closed form before
 the next step is chosen: its inputs are the hidden states of the healed layers before it, its target the original's
-after its span. If the held-out loss rises, the fit is rejected. Of several finalists each is healed, and the one of
-least held-out loss is taken.
+after its span. If the held-out loss rises, the fit is rejected.
 
 Tensors fitted on a layer that is merged again are dropped: ops stay flat over original layers. If only a layer's span
 has grown, its fitted tensors are the starting point.
@@ -12,8 +11,8 @@ has grown, its fitted tensors are the starting point.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from intarsia.activations.loop import Path
-from intarsia.building.loaded_model import Tensors, twin
+from intarsia.building.loaded_model import twin
 from intarsia.healing.closed_form import spool_of
 from intarsia.healing.layer_fit import LayerFit, LayerText, fit_layer
 from intarsia.healing.settings import ClosedFormSettings, trainable
@@ -64,15 +63,23 @@ def prune(
             if not history:
                 report.say(f"{model.depth} layers: calibration loss {model.loss:.4f}")
         while model.depth > target:
-            steps = planner.decide(model, target, history)
-            if not steps:
+            step = planner.decide(model, target, history)
+            if step is None:
                 reason = planner.reason()
                 if model.architecture.removal_only and not model.droppable():
                     reason = "every layer is the last of its kind, or the config cannot describe the model without it"
                 ladder.want(Wanted(layers=target, stopped=reason))
                 return reason
             before = model.depth
-            step, evidence = _take(planner, model, healer, steps)
+            evidence = dict(step.evidence)
+            if healer is not None:
+                evidence["heal"] = healer.take(step)
+            elif step.whole is not None:
+                model.become(step.whole)
+                if planner.progressive:
+                    model.refresh()
+            else:
+                model.replace(step.start, step.count, step.op, measure=planner.progressive)
             recipe = recipe.with_layers(
                 model.ops, fitted={index: tensors for index, tensors in enumerate(model.fitted) if tensors}
             )
@@ -95,38 +102,6 @@ def prune(
     return None
 
 
-def _take(
-    planner: Planner, model: Intermediate, healer: StepHealer | None, steps: Sequence[Step]
-) -> tuple[Step, dict[str, Any]]:
-    """Change the model by the best step; of several finalists, the one that is best after healing."""
-    if healer is not None:
-        step, found = healer.take(steps)
-        return step, {**step.evidence, "heal": found}
-    step = steps[0]
-    if step.whole is not None:
-        model.become(step.whole)
-        if planner.progressive:
-            model.refresh()
-    else:
-        model.replace(step.start, step.count, step.op, measure=planner.progressive)
-    return step, dict(step.evidence)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """A step with its fit, and the summed held-out loss without and with the fit."""
-
-    step: Step
-    fits: list[LayerFit]
-    fitted: Mapping[int, Tensors]
-    before: float
-    after: float
-
-    @property
-    def taken(self) -> bool:
-        return self.after < self.before
-
-
 class StepHealer:
     """Heals the layers that a step changes."""
 
@@ -134,50 +109,18 @@ class StepHealer:
         self.model = model
         self.settings = settings
 
-    def take(self, steps: Sequence[Step]) -> tuple[Step, dict[str, Any]]:
-        """Change the model by the step of least held-out loss after healing; the first of equal ones.
+    def take(self, step: Step) -> dict[str, Any]:
+        """Change the model by the step, with the fit if that lowers the held-out loss.
 
         Returns:
-            The step. And as plain data: the fitted output projections, whether the fit is accepted, the held-out loss
-            without and with it, the layer-forwards without those of measuring the model, and for several steps the
-            losses of each.
+            As plain data: the fitted output projections, whether the fit is accepted, the held-out loss without and
+            with it, and the layer-forwards without those of measuring the model.
         """
         model, original = self.model, self.model.original()  # kept while the measured model is the whole one
         spent, tokens = model.layer_forwards, max(int(model.counts_N[self.held_out].sum()), 1)
-        trials: list[_Trial] = []
-        with current().task(f"healing {len(steps)} finalists" if len(steps) > 1 else "healing", len(steps)) as task:
-            for step in steps:
-                trials.append(self._tried(step, original))
-                task.advance()
-        best = min(trials, key=lambda trial: min(trial.before, trial.after))
-        spent = model.layer_forwards - spent
-        first, _ = self.exchange(best.step.start, best.step.count, best.step.op)
-        for index, tensors in best.fitted.items() if best.taken else ():
-            model.fit(index, tensors)
-        model.measure(first)
-        shown = [
-            {
-                "replaced": [trial.step.start, trial.step.start + trial.step.count],
-                "op": None if trial.step.op is None else describe(trial.step.op),
-                "held_out_loss": [trial.before / tokens, trial.after / tokens],
-            }
-            for trial in trials
-        ]
-        return best.step, {
-            "output_projections": [asdict(fit) for fit in best.fits],
-            "taken": best.taken,
-            "held_out_loss": [best.before / tokens, best.after / tokens] if best.fits else None,
-            "layer_forwards": spent,
-            **({"finalists": shown} if len(steps) > 1 else {}),
-        }
-
-    def _tried(self, step: Step, original: TeacherStates) -> _Trial:
-        """Heal and evaluate a step, then restore the model."""
-        model, rows = self.model, self.held_out
-        was = list(model.ops), list(model.fitted), list(model.modules)
         first, due = self.exchange(step.start, step.count, step.op)
-        before = float(losses_after(model, first, rows).sum())
-        unhealed = {index: model.fitted[index] for index in due}
+        modules, unhealed = list(model.modules), list(model.fitted)
+        before = after = float(losses_after(model, first, self.held_out).sum())
         fits: list[LayerFit] = []
         reached = first
         for index, depth in due.items():
@@ -185,16 +128,19 @@ class StepHealer:
                 model.measure(reached, index)
                 reached = index
             fits += self._fit(index, original, depth)
-        fitted = {
-            index: tensors
-            for index in due
-            if (tensors := model.fitted[index]) is not None and tensors is not unhealed[index]
+        if any(new is not old for new, old in zip(model.fitted, unhealed, strict=True)):
+            after = float(losses_after(model, first, self.held_out).sum())
+        taken = after < before
+        if not taken:
+            model.modules, model.fitted = modules, unhealed
+        spent = model.layer_forwards - spent
+        model.measure(first)
+        return {
+            "output_projections": [asdict(fit) for fit in fits],
+            "taken": taken,
+            "held_out_loss": [before / tokens, after / tokens] if fits else None,
+            "layer_forwards": spent,
         }
-        after = float(losses_after(model, first, rows).sum()) if fitted else before
-        model.ops, model.fitted, model.modules = was
-        if reached > first:
-            model.refresh()  # measure the layers before a second fitted layer
-        return _Trial(step=step, fits=fits, fitted=fitted, before=before, after=after)
 
     @property
     def held_out(self) -> list[int]:

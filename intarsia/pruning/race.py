@@ -29,7 +29,6 @@ def race(
     *,
     racing: bool,
     keep: int = 1,
-    group: Callable[[Name], Hashable] | None = None,
     title: str,
 ) -> tuple[Name, dict[Name, Tensor]]:
     """The candidate of least loss on the calibration set, and the losses of all candidates.
@@ -43,7 +42,6 @@ def race(
         counts_N: predicted tokens in each sequence.
         racing: False evaluates all of them on everything.
         keep: number of best candidates that are never eliminated; the race stops when no others are left.
-        group: gives a candidate's group, of which `keep` counts only the best; by default its own.
 
     Returns:
         The best, and the summed losses of each candidate on the sequences that it ran on.
@@ -62,7 +60,7 @@ def race(
             number_N = counts_N[: part.stop]
             # A sequence that is nearly all padding predicts nothing, and has no mean.
             means = {name: (torch.cat(found[name]) / number_N)[number_N > 0] for name in alive}
-            alive = _survivors(alive, means, keep, group) if part.stop < counts_N.numel() else alive
+            alive = _survivors(alive, means, keep) if part.stop < counts_N.numel() else alive
             if len(alive) <= keep:
                 break
             task.note(f"{len(alive)} left")
@@ -71,13 +69,11 @@ def race(
     return best, {name: torch.cat(sums) for name, sums in found.items()}
 
 
-def best_of_groups(
-    sums: Mapping[Name, Tensor], number: int, group: Callable[[Name], Hashable] | None = None
-) -> list[Name]:
-    """The best surviving candidates of distinct groups, best first."""
+def best_of(sums: Mapping[Name, Tensor], number: int) -> list[Name]:
+    """The best surviving candidates, best first."""
     last = max(found.numel() for found in sums.values())
     finished = [name for name in sums if sums[name].numel() == last]
-    return _leaders(sorted(finished, key=lambda name: float(sums[name].sum())), number, group)
+    return sorted(finished, key=lambda name: float(sums[name].sum()))[:number]
 
 
 def mean_loss(sums_N: Tensor, counts_N: Tensor) -> float:
@@ -92,17 +88,7 @@ def _parts(total: int, *, racing: bool) -> list[slice]:
     return [slice(first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-def _leaders(ranked: Sequence[Name], number: int, group: Callable[[Name], Hashable] | None) -> list[Name]:
-    """The first of each group, of at most `number` groups."""
-    first: dict[Hashable, Name] = {}
-    for name in ranked:
-        first.setdefault(name if group is None else group(name), name)
-    return list(first.values())[:number]
-
-
-def _survivors(
-    alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int, group: Callable[[Name], Hashable] | None
-) -> list[Name]:
+def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int) -> list[Name]:
     """The better half of the candidates without the clearly worse ones, in the order of `alive`.
 
     `means` are losses per token, by sequence. At least two survive, unless one is clearly best.
@@ -111,10 +97,8 @@ def _survivors(
         return list(alive)
     ranked = sorted(alive, key=lambda name: float(means[name].mean()))
     half = ranked[: max(_LAST, keep, math.ceil(len(ranked) / 2))]
-    safe = _leaders(ranked, keep, group)
-    return [
-        name for name in alive if name in safe or (name in half and not _clearly_worse(means[name] - means[ranked[0]]))
-    ]
+    clearly = {name for name in half[keep:] if _clearly_worse(means[name] - means[ranked[0]])}
+    return [name for name in alive if name in half and name not in clearly]
 
 
 def share_at_most(candidates: int, sequences: int, *, racing: bool, keep: int = 1) -> float:

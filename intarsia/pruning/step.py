@@ -98,10 +98,8 @@ class Planner:
     # Log for the measurements of a long decision, which a restart reads.
     journal: Log | None = None
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Sequence[Step]:
-        """The next step towards `target` layers; an empty list if none is allowed.
-
-        Several steps, best first, are finalists: each is healed, and the one of least loss is taken.
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
+        """The next step towards `target` layers; None if none is allowed.
 
         Args:
             history: the evidence of all earlier steps in order, also those before a restart.
@@ -136,24 +134,20 @@ class Progressive(Planner):
     """A method that measures the model after every step, and can have each step healed."""
 
     progressive = True
-    # Most finalists in a step.
-    candidates_healed = 1
 
     def __init__(self, settings: ProgressiveSettings) -> None:
         self.in_loop = ClosedFormSettings() if settings.heal_in_loop else None
         self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
 
     def heal_forwards(self, architecture: Architecture, current: int) -> int:
-        """Layer-forwards that healing one step of a model of `current` layers takes at most.
-
-        For each finalist, two layers are fitted, and the model and twice the held-out loss are measured.
-        """
+        """Layer-forwards that healing one step of a model of `current` layers takes at most: fits of two layers, one
+        measurement of the model and two of the held-out loss."""
         from intarsia.healing.layer_fit import passes
 
         if self.in_loop is None:
             return 0
         fit, held_out = passes(architecture, self.in_loop.changed), math.ceil(current / self.in_loop.held_out)
-        return self.candidates_healed * (2 * fit + current + 2 * held_out)
+        return 2 * fit + current + 2 * held_out
 
 
 def strides(depth: int, target: int, merge: int) -> Iterator[tuple[int, int]]:
@@ -226,8 +220,7 @@ def step_line(entry: Mapping[str, Any], mlp: str) -> str:
     if heal is None or heal["held_out_loss"] is None:
         return line
     before, after = heal["held_out_loss"]
-    among = f", best of {len(heal['finalists'])}" if "finalists" in heal else ""
-    return f"{line}{among}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
+    return f"{line}, {'healed' if heal['taken'] else 'not healed'}: held-out loss {before:.4f} -> {after:.4f}"
 
 
 class OneShot(Planner):
@@ -249,7 +242,7 @@ class OneShot(Planner):
         """One number per layer of the whole model; the smallest is dropped first."""
         raise NotImplementedError
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Drop the remaining layer of least score that may be dropped."""
         scores: list[float] = history[0][self.scored] if history else self.score(model)
         first, last = self.protect
@@ -257,12 +250,12 @@ class OneShot(Planner):
         inner = [index for index, layer in enumerate(left) if first <= layer < len(scores) - last]
         free = [index for index in inner if model.may_drop(index)]
         if not free:
-            return []
+            return None
         start = min(free, key=lambda index: (scores[left[index]], left[index]))
         evidence: dict[str, Any] = {"dropped": left[start], "score": scores[left[start]]}
         if not history:
             evidence[self.scored] = scores
-        return [Step(start=start, count=1, op=None, evidence=evidence)]
+        return Step(start=start, count=1, op=None, evidence=evidence)
 
     def reason(self) -> str:
         first, last = self.protect

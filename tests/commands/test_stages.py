@@ -569,7 +569,7 @@ class Middle(Planner):
 
     def decide(self, model, target, history):
         start = model.depth // 2 + self.settings.off_by
-        return [Step(start=start, count=1, op=None, evidence={"off_by": self.settings.off_by})]
+        return Step(start=start, count=1, op=None, evidence={"off_by": self.settings.off_by})
 
 @heal_stage("mine")
 def nothing(context, recipe):

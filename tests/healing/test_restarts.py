@@ -141,7 +141,7 @@ def test_the_best_fit_comes_first_and_of_equal_ones_the_earlier_start(
 
 def test_a_ladder_s_recipe_starts_as_it_is_bare_and_as_blocks(plan: Plan) -> None:
     """Each fit is the one from that start, and the nearest to the original on the selection text is taken."""
-    settings = ComePSettings(granularity=2, racing=False, removals=True, finalists=2, blocks=2, heal_in_loop=True)
+    settings = ComePSettings(granularity=2, racing=False, removals=True, blocks=2, heal_in_loop=True)
     planned = plan(layers=3, settings=settings)
     job, ladder = planned.job, planned.folder
     architecture, selection = job.checkpoint.architecture, job.text.selection

@@ -116,4 +116,4 @@ def losses_with(
 
 def take(healer: StepHealer, start: int, count: int, op: Op | None) -> dict[str, Any]:
     """What the healer reports of one step that it takes."""
-    return healer.take([Step(start=start, count=count, op=op, evidence={})])[1]
+    return healer.take(Step(start=start, count=count, op=op, evidence={}))

@@ -34,8 +34,8 @@ def test_the_weighted_sum_of_whole_layers(family: str, resident_of: InMemory) ->
     resident, corpus = resident_of(family), corpus_of()
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    concat = Come(ComeSettings()).decide(model, 5, [])[0]
-    step = Come(WEIGHT_SUM).decide(model, 5, [])[0]
+    concat = Come(ComeSettings()).decide(model, 5, [])
+    step = Come(WEIGHT_SUM).decide(model, 5, [])
     assert step is not None and concat is not None and isinstance(step.op, Merge)
     assert (step.start, step.evidence["prior_ratios"]) == (concat.start, concat.evidence["prior_ratios"])
     pair = model.measures[step.start].influence, model.measures[step.start + 1].influence
@@ -71,7 +71,7 @@ def test_the_posterior_form_takes_the_best_sum_of_the_grid(resident_of: InMemory
     settings = ComePSettings(combine="weight-sum", granularity=4, racing=False, spans=1)
     model = Intermediate(resident, corpus, WHOLE)
     model.measure()
-    step = ComeP(settings).decide(model, 5, [])[0]
+    step = ComeP(settings).decide(model, 5, [])
     assert step is not None
     losses = {}
     for quarters in range(5):

@@ -117,7 +117,7 @@ def test_sleb_races_for_less(resident_of: InMemory) -> None:
         model = Intermediate(resident, corpus, WHOLE)
         model.measure()
         before = model.layer_forwards
-        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])[0]
+        steps[racing] = Sleb(SlebSettings(racing=racing)).decide(model, 5, [])
         spent[racing] = model.layer_forwards - before
     exhausted, raced = steps[False], steps[True]
     assert exhausted is not None and raced is not None

@@ -101,7 +101,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
     resident, corpus = resident_of(family), corpus_of(padded=padded)
     architecture = resident.architecture
     model = measured(resident, corpus)
-    step = Come(ComeSettings()).decide(model, 5, [])[0]
+    step = Come(ComeSettings()).decide(model, 5, [])
     assert step.op is not None
     assert step.count == 2
 
@@ -138,7 +138,7 @@ def test_a_step_by_hand(family: str, padded: bool, resident_of: InMemory) -> Non
 def test_pieces_by_root_mean_square(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(sensitivity="l2")).decide(model, 5, [])[0]
+    step = Come(ComeSettings(sensitivity="l2")).decide(model, 5, [])
     assert step.op is not None
     for index, count in enumerate(step.evidence["counts"]["channels"]):
         layer = step.start + index
@@ -148,13 +148,13 @@ def test_pieces_by_root_mean_square(resident_of: InMemory) -> None:
 
 def test_sharpness_and_dominance(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    plain = Come(ComeSettings()).decide(model, 5, [])[0]
-    sharp = Come(ComeSettings(sharpness=3.0)).decide(model, 5, [])[0]
+    plain = Come(ComeSettings()).decide(model, 5, [])
+    sharp = Come(ComeSettings(sharpness=3.0)).decide(model, 5, [])
     assert plain is not None and sharp is not None
     pair = plain.evidence["influence"][plain.start : plain.start + 2]
     assert sharp.evidence["prior_ratios"] == pytest.approx([value**3 / sum(v**3 for v in pair) for value in pair])
     assert sharp.evidence["counts"]["channels"] == counts(ratios(pair, 3.0), families.CHANNELS)
-    strong = Come(ComeSettings(dominance=0.9)).decide(model, 5, [])[0]
+    strong = Come(ComeSettings(dominance=0.9)).decide(model, 5, [])
     assert strong is not None
     assert max(strong.evidence["prior_ratios"]) == pytest.approx(max(0.9, *plain.evidence["prior_ratios"]))
     assert sum(strong.evidence["prior_ratios"]) == pytest.approx(1.0)
@@ -164,7 +164,7 @@ def test_dominance_counts_original_layers(resident_of: InMemory) -> None:
     """A merged layer of two and one more are three originals: the largest share is at least 0.8^(1/2)."""
     resident = resident_of("llama")
     model = measured(resident, corpus_of(), [shared(resident.architecture, [0, 1]), select(2)])
-    step = Come(ComeSettings(dominance=0.8)).decide(model, 1, [])[0]
+    step = Come(ComeSettings(dominance=0.8)).decide(model, 1, [])
     assert step is not None
     influences = step.evidence["influence"]
     expected = max(0.8**0.5, max(influences) / sum(influences))
@@ -174,7 +174,7 @@ def test_dominance_counts_original_layers(resident_of: InMemory) -> None:
 def test_three_layers_at_once(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(merge=3)).decide(model, 3, [])[0]
+    step = Come(ComeSettings(merge=3)).decide(model, 3, [])
     assert step is not None and isinstance(step.op, Concat)
     assert step.count == 3
     states = hidden_states(resident, corpus)
@@ -188,14 +188,14 @@ def test_three_layers_at_once(resident_of: InMemory) -> None:
     assert sum(step.evidence["counts"]["kv_groups"]) == 4
     assert sum(step.evidence["counts"]["channels"]) == families.CHANNELS
     # One layer left to remove: the last step merges two.
-    last = Come(ComeSettings(merge=3)).decide(model, 5, [])[0]
+    last = Come(ComeSettings(merge=3)).decide(model, 5, [])
     assert last is not None and last.count == 2
 
 
 def test_the_last_tokens_distance(resident_of: InMemory) -> None:
     resident, corpus = resident_of("mistral"), corpus_of(padded=True)
     model = measured(resident, corpus)
-    step = Come(ComeSettings(distance="last-token")).decide(model, 5, [])[0]
+    step = Come(ComeSettings(distance="last-token")).decide(model, 5, [])
     assert step is not None and corpus.mask is not None
     states = hidden_states(resident, corpus)
     ends = np.cumsum(corpus.mask.sum(dim=1).numpy()) - 1
@@ -210,7 +210,7 @@ def test_spans_by_loss(resident_of: InMemory) -> None:
     """`sleb`: the least loss of the model without the span, from models really without it."""
     resident, corpus = resident_of("qwen2"), corpus_of()
     model = measured(resident, corpus)
-    step = Come(ComeSettings(span_choice="sleb")).decide(model, 5, [])[0]
+    step = Come(ComeSettings(span_choice="sleb")).decide(model, 5, [])
     assert step is not None
     scores = {int(start): value for start, value in step.evidence["span_scores"].items()}
     for start in range(5):
@@ -221,7 +221,7 @@ def test_spans_by_loss(resident_of: InMemory) -> None:
 
 def test_averaged_norms(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    step = Come(ComeSettings(norm="average")).decide(model, 5, [])[0]
+    step = Come(ComeSettings(norm="average")).decide(model, 5, [])
     assert step is not None and isinstance(step.op, Concat)
     assert step.op.norm == "average"
 
@@ -231,7 +231,7 @@ def test_the_reference(resident_of: InMemory) -> None:
     resident, corpus = resident_of("llama"), corpus_of()
     settings = ComeSettings(**ComeSettings.presets["paper"], merge=3)
     model = measured(resident, corpus, after_final_norm=True)
-    step = Come(settings).decide(model, 3, [])[0]
+    step = Come(settings).decide(model, 3, [])
     assert step is not None and isinstance(step.op, Concat)
     assert step.op.norm == "average"
     states = hidden_states(resident, corpus)
@@ -247,10 +247,10 @@ def test_a_merged_layer_is_not_merged_again_if_so_asked(resident_of: InMemory) -
     ops = [shared(resident.architecture, [0, 1]), select(2), select(3), shared(resident.architecture, [4, 5])]
     model = measured(resident, corpus_of(), ops)
     planner = Come(ComeSettings(no_repeat=True))
-    step = planner.decide(model, 3, [])[0]
+    step = planner.decide(model, 3, [])
     assert step is not None and step.start == 1
     model.replace(step.start, step.count, step.op)
-    assert planner.decide(model, 1, []) == []
+    assert planner.decide(model, 1, []) is None
     assert "no-repeat" in planner.reason() and "2 adjacent unmerged layers" in planner.reason()
 
 
@@ -260,7 +260,7 @@ def test_merging_the_merged(resident_of: InMemory) -> None:
     model = measured(resident, corpus_of())
     planner = Come(ComeSettings())
     while model.depth > 1:
-        step = next(iter(planner.decide(model, 1, [])), None)
+        step = planner.decide(model, 1, [])
         assert step is not None
         model.replace(step.start, step.count, step.op)
         for op in model.ops:
@@ -296,7 +296,7 @@ def test_the_posterior_form_takes_the_best_of_the_grid(merge: int, resident_of: 
     settings = ComePSettings(granularity=granularity, racing=False, merge=merge, spans=1)
     model = measured(resident, corpus)
     spent = model.layer_forwards
-    step = ComeP(settings).decide(model, 7 - merge, [])[0]
+    step = ComeP(settings).decide(model, 7 - merge, [])
     assert step is not None
     losses: dict[tuple[Any, ...], float] = {}
     for shares in share_grid(merge, granularity):
@@ -321,7 +321,7 @@ def test_the_best_ratio_of_several_spans(spans: int, resident_of: InMemory) -> N
     resident, corpus = resident_of("llama"), corpus_of()
     model = measured(resident, corpus)
     settings = ComePSettings(granularity=4, racing=False, spans=spans)
-    step = ComeP(settings).decide(model, 5, [])[0]
+    step = ComeP(settings).decide(model, 5, [])
     assert step is not None
     distances = {int(start): value for start, value in step.evidence["span_scores"].items()}
     tried = sorted(distances, key=lambda start: distances[start])[:spans]
@@ -351,7 +351,7 @@ def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -
     resident, corpus = resident_of("llama"), corpus_of(sequences=24)
     model = measured(resident, corpus, after_final_norm=True)
     assert ComePSettings.presets["paper"]["spans"] == 1
-    step = ComeP(ComePSettings(**ComePSettings.presets["paper"], granularity=4)).decide(model, 5, [])[0]
+    step = ComeP(ComePSettings(**ComePSettings.presets["paper"], granularity=4)).decide(model, 5, [])
     assert step is not None
     grid = step.evidence["grid"]
     assert len(grid) == 5
@@ -360,7 +360,7 @@ def test_the_reference_tries_one_span_and_races_nothing(resident_of: InMemory) -
 
 def test_more_spans_than_there_are(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of(), [select(layer) for layer in (0, 3, 5)])
-    step = ComeP(ComePSettings(granularity=1, spans=9, racing=False)).decide(model, 2, [])[0]
+    step = ComeP(ComePSettings(granularity=1, spans=9, racing=False)).decide(model, 2, [])
     assert step is not None
     # Two spans, a layer dropped each time; the middle one is dropped in both.
     assert len(step.evidence["grid"]) == 3 and step.op is not None
@@ -392,7 +392,7 @@ def test_racing_gives_the_same_for_less(resident_of: InMemory, predictable: Corp
     for racing in (False, True):
         model = measured(resident, predictable)
         before = model.layer_forwards
-        steps[racing] = ComeP(ComePSettings(granularity=10, racing=racing)).decide(model, 5, [])[0]
+        steps[racing] = ComeP(ComePSettings(granularity=10, racing=racing)).decide(model, 5, [])
         spent[racing] = model.layer_forwards - before
     assert steps[True] is not None and steps[False] is not None
     assert steps[True].op == steps[False].op
@@ -411,7 +411,7 @@ def test_racing_survives_sequences_that_predict_nothing(resident_of: InMemory) -
     corpus = Corpus.of(ids, mask=mask, description="shortest first", documents=1)
     model = measured(resident_of("llama"), corpus)
     assert int(model.counts_N[0]) == 0  # one of the first part
-    raced = ComeP(ComePSettings(granularity=4)).decide(model, 5, [])[0]
+    raced = ComeP(ComePSettings(granularity=4)).decide(model, 5, [])
     grid = raced.evidence["grid"]
     ended = [entry["loss"] for entry in grid if entry["sequences"] == len(corpus)]
     assert len(ended) >= 2 and all(math.isfinite(entry["loss"]) for entry in grid)
@@ -421,7 +421,7 @@ def test_racing_survives_sequences_that_predict_nothing(resident_of: InMemory) -
 
 def test_a_grid_that_is_finer_than_the_pieces_tries_each_split_once(resident_of: InMemory) -> None:
     model = measured(resident_of("llama"), corpus_of())
-    step = ComeP(ComePSettings(granularity=200, racing=False)).decide(model, 5, [])[0]
+    step = ComeP(ComePSettings(granularity=200, racing=False)).decide(model, 5, [])
     assert step is not None
     assert len(step.evidence["grid"]) < 201
 

@@ -224,7 +224,7 @@ def test_what_is_built_is_what_was_measured(
 
 def test_come_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path) -> None:
     resident, corpus = resident_of("llama"), written_by(resident_of("llama"))
-    settings = ComePSettings(granularity=3, spans=2, finalists=1)
+    settings = ComePSettings(granularity=3, spans=2)
     run, _ = go(tmp_path / "run", resident, "come-p", 3, settings=settings)
     first, second, third = run.log()
     for before, after in ((first, second), (second, third)):
@@ -232,7 +232,7 @@ def test_come_decides_on_the_healed_model(resident_of: InMemory, tmp_path: Path)
         seen = Intermediate(resident, corpus, recipe.layers, fitted=recipe.fitted)
         seen.measure()
         assert after["evidence"]["influence"] == pytest.approx([measure.influence for measure in seen.measures])
-        step = ComeP(settings).decide(seen, 3, [])[0]
+        step = ComeP(settings).decide(seen, 3, [])
         assert step is not None and [step.start, step.start + step.count] == after["merged"]
         grids = step.evidence["grid"], after["evidence"]["grid"]
         assert [entry["start"] for entry in grids[0]] == [entry["start"] for entry in grids[1]]
@@ -334,8 +334,8 @@ def test_two_layers_in_one_step(resident_of: InMemory) -> None:
     assert [fit["layer"] for fit in evidence["output_projections"]] == [1, 1, 1, 2, 2, 2]
     assert set(fitted) == {1, 2} and model.depth == 4
     # The original was not what was measured, so it was run: 6; 5 as it was; 3 layers without and with the fits on an
-    # eighth of the sequences; 3 fits each, 1 layer between them, and 4 that are as before again; and 3 with the fits.
-    assert model.layer_forwards == pytest.approx(6 + 5 + 2 * 3 / 8 + 6 + 1 + 4 + 3)
+    # eighth of the sequences; 3 fits each, and 1 layer between them; and 3 with the fits.
+    assert model.layer_forwards == pytest.approx(6 + 5 + 2 * 3 / 8 + 6 + 1 + 3)
 
 
 def test_what_was_fitted_on_other_layers_stays(resident_of: InMemory) -> None:
@@ -413,7 +413,7 @@ def test_stopped_and_started_again(
     resident = resident_of("llama")
     settings: Any = LacoSettings(merge=2) if method == "laco" else ComePSettings(granularity=3)
     if method == "come-p removals":
-        method, settings = "come-p", ComePSettings(granularity=2, removals=True, finalists=3, heal_in_loop=True)
+        method, settings = "come-p", ComePSettings(granularity=2, removals=True, heal_in_loop=True)
     corpus = written_by(resident, 32)
     go(tmp_path / "undisturbed", resident, method, 2, settings=settings, corpus=corpus)
     append, done = Ladder.append, []
@@ -467,7 +467,6 @@ def test_planned_with_healing(model_folder: Any, text_file: Path, tmp_path: Path
             ComeSettings(),
             ComePSettings(granularity=2),
             ComePSettings(granularity=2, racing=False, removals=True),
-            ComePSettings(granularity=2, racing=False, removals=True, finalists=30, heal_in_loop=True),
             SlebSettings(),
             LacoSettings(merge=3),
         )
@@ -476,15 +475,14 @@ def test_planned_with_healing(model_folder: Any, text_file: Path, tmp_path: Path
         planned = intarsia.plan(model, folder, target, method=healed, text=text)
         assert planned.depths[-1] == 3
         assert planned.layer_forwards <= planned.estimate.passes_at_most * 6 + 1e-9
-        alone = replace(settings, heal_in_loop=False, **({"finalists": 1} if hasattr(settings, "finalists") else {}))
-        plain = intarsia.plan(model, folder, target, method=alone, text=text, dry_run=True).estimate
+        plain = intarsia.plan(model, folder, target, method=settings, text=text, dry_run=True).estimate
         assert planned.estimate.passes_at_most > plain.passes_at_most
         assert planned.estimate.hidden_bytes == 2 * plain.hidden_bytes == 2 * 7 * 512 * families.WIDTH * 4
         recipe = Ladder(folder).recipe(3)
         fitted += len(recipe.fitted)
         assert recipe.provenance["settings"]["heal_in_loop"] is True
         with pytest.raises(UserError, match="heal_in_loop"):
-            intarsia.plan(model, folder, target, method=alone, text=text)
+            intarsia.plan(model, folder, target, method=settings, text=text)
     assert fitted
 
 

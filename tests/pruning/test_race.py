@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.pruning.race import best_of_groups, mean_loss, race
+from intarsia.pruning.race import best_of, mean_loss, race
 
 
 class Track:
@@ -111,7 +111,7 @@ def test_the_best_few_are_never_given_up() -> None:
     track = Track({"a": noisy(0.0, 64, 0), "b": noisy(40.0, 64, 1), "c": noisy(20.0, 64, 2), "d": noisy(30.0, 64, 3)})
     best, seen = race(list(track.sums), track.losses, track.counts, racing=True, keep=3, title="race")
     assert best == "a"
-    assert best_of_groups(seen, 3) == ["a", "c", "d"] and {sums.numel() for sums in seen.values()} == {2}
+    assert best_of(seen, 3) == ["a", "c", "d"] and {sums.numel() for sums in seen.values()} == {2}
     alone = Track({"only": [1.0] * 64})
     _, seen = race(["only"], alone.losses, alone.counts, racing=True, keep=2, title="race")
     assert seen["only"].numel() == 2

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Angular(Planner):
     """Drop the contiguous block over which the residual stream turns least."""
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """The best block that is one layer longer than the current one."""
         table: list[list[float]] = history[0]["distances"] if history else distances(model)
         depth = len(table) + 1
@@ -32,20 +32,19 @@ class Angular(Planner):
         variant = model.ops[0].sources[0].variant
         free = [index for index in range(len(found)) if model.may_become([*range(index), *range(index + count, depth)])]
         if not free:
-            return []
+            return None
         start = min(free, key=lambda index: (found[index], index))
         kept = [layer for layer in range(depth) if not start <= layer < start + count]
         evidence: dict[str, Any] = {"dropped": [start, start + count], "distance": found[start]}
         if not history:
             evidence["distances"] = table
-        step = Step(
+        return Step(
             start=start,
             count=count,
             op=None,
             whole=tuple(Select(source=LayerRef(variant=variant, layer=layer)) for layer in kept),
             evidence=evidence,
         )
-        return [step]
 
 
 def distances(model: Intermediate) -> list[list[float]]:

@@ -99,7 +99,7 @@ class Come(Progressive):
         self.after_final_norm = settings.after_final_norm
         self.layers_at_once = settings.merge
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Choose a span, its ratios, and the pieces to keep."""
         count = min(self.settings.merge, model.depth - target + 1)
         allowed = [start for start in range(model.depth - count + 1) if self._allowed(model, start, count)]
@@ -108,6 +108,8 @@ class Come(Progressive):
         distances = self._span_scores(model, allowed, count)
         ranked = sorted(allowed, key=lambda start: (distances[start], start))
         chosen, shown = self.choose(model, ranked, count, pieces)
+        if chosen is None:
+            return None
         influences = [measure.influence for measure in model.measures]
         evidence = {
             "influence": influences,
@@ -121,25 +123,23 @@ class Come(Progressive):
                 else {"sensitivity": allocate.sensitivity_map(map(pieces, range(model.depth)))}
             ),
         }
-        return [
-            Step(start=each.start, count=each.count, op=each.op, evidence={**evidence, **self._about(model, each)})
-            for each in chosen
-        ]
+        evidence |= self._about(model, chosen)
+        return Step(start=chosen.start, count=chosen.count, op=chosen.op, evidence=evidence)
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
-        """Candidates, best first, and evidence for the log.
+    ) -> tuple[Candidate | None, dict[str, Any]]:
+        """The best candidate, and evidence for the log.
 
         Args:
             ranked: starts of spans of `count` layers that may be merged, best first.
             pieces: the scores of a layer's pieces.
         """
         if not ranked:
-            return [], {}
+            return None, {}
         start = ranked[0]
         scores = [pieces(index) for index in range(start, start + count)]
-        return [self.candidate(model, start, scores, self._shares(model, start, count))], {}
+        return self.candidate(model, start, scores, self._shares(model, start, count)), {}
 
     def candidate(
         self,

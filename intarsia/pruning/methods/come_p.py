@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from intarsia.healing.settings import Check
 from intarsia.pruning import scores as allocate
 from intarsia.pruning.methods.come import Candidate, Come, ComeSettings, Scores
-from intarsia.pruning.race import best_of_groups, mean_loss, share_at_most
+from intarsia.pruning.race import mean_loss, share_at_most
 from intarsia.pruning.step import Change, without_half_layers
 from intarsia.recipe.recipe import Op
 from intarsia.registry import planner
@@ -42,8 +42,6 @@ class ComePSettings(ComeSettings):
     half_layers: bool = False
     # Eliminate candidates that are clearly worse than the best on part of the calibration text.
     racing: bool = True
-    # With --heal-in-loop: heal the N best candidates of each step, and take the one of least held-out loss.
-    finalists: int = 1
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
@@ -52,7 +50,6 @@ class ComePSettings(ComeSettings):
             "removals": False,
             "half_layers": False,
             "racing": False,
-            "finalists": 1,
             "blocks": 0,
             "plan_tokens": None,
             "criterion": "loss",
@@ -61,11 +58,9 @@ class ComePSettings(ComeSettings):
 
     def checks(self) -> Iterator[Check]:
         yield from super().checks()
-        yield from self.at_least(1, "granularity", "spans", "finalists")
+        yield from self.at_least(1, "granularity", "spans")
         if self.half_layers:
             yield self.combine != "weight-sum", ("combine",), "concat or fuse: half layers join pieces"
-        if not self.heal_in_loop:
-            yield self.finalists == 1, ("finalists",), "1 without --heal-in-loop"
 
 
 @planner("come-p", settings=ComePSettings, paper="2510.15304")
@@ -76,15 +71,15 @@ class ComeP(Come):
 
     def __init__(self, settings: ComePSettings) -> None:
         super().__init__(settings)
-        self.joins, self.candidates_healed = not settings.removals, settings.finalists
+        self.joins = not settings.removals
 
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
-    ) -> tuple[list[Candidate], dict[str, Any]]:
+    ) -> tuple[Candidate | None, dict[str, Any]]:
         """The ratios of some spans, and removals, raced by calibration loss."""
         drops, halves = self.settings.removals, self.settings.half_layers
         if not ranked and not drops:
-            return [], {}
+            return None, {}
         spans = ranked[: self.settings.spans]
         every = [
             Candidate(start=start, count=count - 1, op=None) for start in (model.droppable(count - 1) if drops else ())
@@ -96,30 +91,25 @@ class ComeP(Come):
             every += [self.candidate(model, start, scores, shares) for shares in grid]
         tried = distinct(model, every)
         if not tried:
-            return [], {}
+            return None, {}
         title = f"trying {len(tried)} ratios" + (f" of {len(spans)} spans" if len(spans) > 1 else "")
         title += " and removals" if drops else ""
         best, shown = self._raced(model, tried, title)
         if halves and count == 2:
-            around = distinct(model, [*best, *self._around(model, best[0], pieces)])
-            if len(around) > len(best):
+            around = distinct(model, [best, *self._around(model, best, pieces)])
+            if len(around) > 1:
                 best, more = self._raced(model, around, f"trying {len(around)} ratios around the best")
                 shown += more
         return best, {"grid": shown}
 
     def _raced(
         self, model: Intermediate, tried: Sequence[Candidate], title: str
-    ) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        """The candidates of least calibration loss, each with a different removal; and the losses of all."""
-        number = self.settings.finalists
+    ) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The candidate of least calibration loss; and the losses of all."""
         changes = [
             Change(start=each.start, count=each.count, ops=() if each.op is None else (each.op,)) for each in tried
         ]
-
-        def group(index: int) -> Hashable:
-            return _removed(tried[index])
-
-        best, sums = model.race(changes, racing=self.settings.racing, keep=number, group=group, title=title)
+        best, sums = model.race(changes, racing=self.settings.racing, title=title)
         shown = [
             {
                 "start": each.start,
@@ -131,15 +121,13 @@ class ComeP(Come):
             }
             for index, each in enumerate(tried)
         ]
-        chosen = [best] if number == 1 else best_of_groups(sums, number, group)
-        return [tried[index] for index in chosen], shown
+        return tried[best], shown
 
     def tried_forwards(self, after: int, count: int, sequences: int) -> float:
         """Each candidate re-runs the layers after it until it is eliminated."""
         ratios = min(self.settings.spans, after) * math.comb(self.settings.granularity + count - 1, count - 1)
         drops = (after + 1 if self.settings.removals else 0) + (after + 16 if self.settings.half_layers else 0)
-        racing, finalists = self.settings.racing, self.settings.finalists
-        share = share_at_most(max(ratios + drops, 1), sequences, racing=racing, keep=finalists)
+        share = share_at_most(max(ratios + drops, 1), sequences, racing=self.settings.racing)
         return share * (ratios * after + drops * after / 2)
 
     def _half_removals(self, model: Intermediate, starts: Sequence[int], count: int) -> Iterator[Candidate]:
@@ -187,17 +175,3 @@ def distinct(model: Intermediate, candidates: Iterable[Candidate]) -> list[Candi
         layers = (*model.ops[: each.start], *put_in, *model.ops[each.start + each.count :])
         found.setdefault(layers, each)
     return list(found.values())
-
-
-def _removed(candidate: Candidate) -> Hashable:
-    """The layers that it removes: all but the one of largest share; and whether it removes them whole."""
-    span = range(candidate.start, candidate.start + candidate.count)
-    if candidate.op is None:
-        return tuple(span), True
-    attention, mlp = (
-        max(range(candidate.count), key=lambda index: shares[index])
-        for shares in (candidate.shares, candidate.mlp_shares)
-    )
-    if attention != mlp:
-        return candidate.start, "half-layers"
-    return tuple(index for index in span if index != candidate.start + attention), False

@@ -80,7 +80,7 @@ class Evolve(Planner):
         self.settings, self.finalists = settings, settings.finalists
         self.blocks, self.plan_tokens, self.criterion = settings.blocks, settings.plan_tokens, settings.criterion
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step:
         """The best model of the search, in one step."""
         search = _Search(self, model, target)
         best, losses = search.run()
@@ -94,7 +94,7 @@ class Evolve(Planner):
             "others": [kept for kept in search.ranked() if kept != best][: self.finalists - 1],
         }
         current().say(f"dropped: {evidence['dropped']}")
-        return [Step(start=first // 2, count=model.depth - target, op=None, whole=ops, evidence=evidence)]
+        return Step(start=first // 2, count=model.depth - target, op=None, whole=ops, evidence=evidence)
 
     def other_finalists(
         self, evidence: Mapping[str, Any], whole: Sequence[Op], architecture: Architecture

@@ -84,7 +84,7 @@ class Laco(Progressive):
         self.layers_at_once = settings.merge
         self._reference: Tensor | None = None
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Move the pointer down until a merge is similar enough."""
         threshold = history[-1]["threshold"] if history else self.settings.threshold
         pointer = history[-1]["next"] if history else self._top(model.depth)
@@ -97,10 +97,10 @@ class Laco(Progressive):
                     if pointer not in similarities:
                         similarities[pointer] = self._similarity(model, pointer, count)
                     if similarities[pointer] > threshold:
-                        return [self._step(model, pointer, count, threshold, similarities)]
+                        return self._step(model, pointer, count, threshold, similarities)
                 pointer -= 1
             if restarted and (not similarities or threshold <= _LEAST):
-                return []
+                return None
             threshold = max(round(threshold - _LOWER_BY, 10), _LEAST)
             pointer, restarted = self._top(model.depth), True
 

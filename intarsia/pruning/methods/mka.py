@@ -47,7 +47,7 @@ class Mka(Planner):
 
     joins = True
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Merge the deepest two adjacent layers of one attention type."""
         similarities: list[float] = history[0]["similarities"] if history else adjacent_similarities(model)
         for start in reversed(range(model.depth - 1)):
@@ -59,8 +59,8 @@ class Mka(Planner):
             evidence: dict[str, Any] = {"merged": [str(op.sources[0]) for op in pair], "similarity": weight}
             if not history:
                 evidence["similarities"] = similarities
-            return [Step(start=start, count=2, op=merge_of(pair, [weight, 1.0 - weight]), evidence=evidence)]
-        return []
+            return Step(start=start, count=2, op=merge_of(pair, [weight, 1.0 - weight]), evidence=evidence)
+        return None
 
     def reason(self) -> str:
         return "layers of different attention types are not merged, and no others are adjacent"

@@ -53,11 +53,11 @@ class Sleb(Progressive):
         super().__init__(settings)
         self.settings = settings
 
-    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> list[Step]:
+    def decide(self, model: Intermediate, target: int, history: Sequence[Mapping[str, Any]]) -> Step | None:
         """Try the model without each layer and, on request, without each MLP and the attention after it."""
         tried = [Change(start=start, count=1, ops=()) for start in model.droppable()]
         if not tried:
-            return []
+            return None
         whole = len(tried)
         for start in range(model.depth - 1) if self.settings.half_layers else ():
             half = without_half_layers(model, start, 2)
@@ -76,7 +76,7 @@ class Sleb(Progressive):
         op = change.ops[0] if change.ops else None
         if op is not None:
             evidence["dropped"] = f"mlp {change.start} and attention {change.start + 1}"
-        return [Step(start=change.start, count=change.count, op=op, evidence=evidence)]
+        return Step(start=change.start, count=change.count, op=op, evidence=evidence)
 
     def forwards_at_most(self, architecture: Architecture, target: int, sequences: int) -> float:
         """Each removal re-runs the layers after it; then the model is measured."""
