@@ -59,7 +59,7 @@ class Bench:
         self.rows.write_text(json.dumps(self.found, indent=2))
         print(key, {name: round(value, 2) for name, value in self.found[key].items()}, flush=True)
 
-    def cut(self, method: str, layers: int) -> Path:
+    def pruned(self, method: str, layers: int) -> Path:
         """The pruned model, not healed."""
         run = self.plans / method
         text = TextSpec(sources=tuple(self.data))
@@ -68,8 +68,8 @@ class Bench:
         folder = self.out / f"{method}-{layers}"
         if not folder.exists():
             intarsia.build(run, folder, layers=layers)
-        if f"{method} {layers} cut" not in self.found:
-            self.measure(f"{method} {layers} cut", str(folder), 0.0)
+        if f"{method} {layers} pruned" not in self.found:
+            self.measure(f"{method} {layers} pruned", str(folder), 0.0)
         return folder
 
     def effort(self, effort: Any, layers: int) -> None:
@@ -84,8 +84,8 @@ class Bench:
 
     def depth(self, method: str, layers: int) -> None:
         """A method at one depth, pruned and healed."""
-        cut, folder, key = (
-            self.cut(method, layers),
+        pruned, folder, key = (
+            self.pruned(method, layers),
             self.out / f"{method}-{layers}-cf",
             f"{method} {layers} closed form",
         )
@@ -94,7 +94,7 @@ class Bench:
             # A sixteenth is held out: all of the tokens are fitted on.
             text = TrainingText(sources=tuple(self.data), tokens=self.tokens * 16 // 15 // 512 * 512)
             with progress.shown():
-                intarsia.heal(cut, folder, text, stages="closed-form")
+                intarsia.heal(pruned, folder, text, stages="closed-form")
         if key not in self.found:
             self.measure(key, str(folder), time.perf_counter() - started)
 
@@ -102,17 +102,17 @@ class Bench:
         """Print the table of one text."""
         dense = self.found["dense"][text]
         print(f"\n{text} (dense {dense:.2f}); in brackets the share of the gap that is closed\n")
-        columns = ("cut", "closed form")
+        columns = ("pruned", "closed form")
         print(f"| layers | | {' | '.join(columns)} |")
         print("|---:|---|" + "---:|" * len(columns))
         for layers in depths:
-            cuts = [self.found[key][text] for method in METHODS if (key := f"{method} {layers} cut") in self.found]
+            pruned = [self.found[key][text] for method in METHODS if (key := f"{method} {layers} pruned") in self.found]
 
-            def cell(key: str, cuts: list[float] = cuts) -> str:
+            def cell(key: str, pruned: list[float] = pruned) -> str:
                 if key not in self.found:
                     return ""
                 value = self.found[key][text]
-                share = f" ({1.0 - math.log(value / dense) / math.log(min(cuts) / dense):.0%})" if cuts else ""
+                share = f" ({1.0 - math.log(value / dense) / math.log(min(pruned) / dense):.0%})" if pruned else ""
                 return f"{value:.1f}{share}"
 
             for effort in EFFORTS:

@@ -3,9 +3,9 @@
 Parts, each of which can be run alone; `--parts` takes several, in order. Everything that is finished is kept in the
 folder and only read when the command is run again, and a search resumes where it was.
 
-- `planners`: planners for a single model, on the base and on the best variant, cut and healed in closed form.
+- `planners`: planners for a single model, on the base and on the best variant, pruned and healed in closed form.
 - `ablation`: searches that may remove; remove and select; and merge; and concatenate. Equal trials, for the best
-  healed model and for the best as it is cut (`--heal finalists,none`).
+  healed model and for the best without healing (`--heal finalists,none`).
 - `engines`: evolve, smac and random search with all operations at equal trials: curves.
 - `workers`: trials of two workers against those of one; needs two idle cores, and is left out unless it is named.
 - `table`: print what is there.

@@ -86,7 +86,7 @@ def test_heal_stage(run: Run, model_folder: Callable[[str], Path], text_file: Pa
     chosen = ("--heal", "closed-form,mine", "--gain", 1.05)
     run("heal stage", *compress(model_folder("llama"), tmp_path / "out", text_file, *chosen))
     heal = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").provenance["heal"]
-    assert [row["stage"] for row in heal["stages"]] == ["cut", "closed-form", "mine"]
+    assert [row["stage"] for row in heal["stages"]] == ["pruned", "closed-form", "mine"]
     assert heal["settings"]["mine"] == {"gain": 1.05}
 
 

@@ -1,7 +1,7 @@
-"""Part `planners`: single-model planners on the base and on the best variant, cut and healed in closed form.
+"""Part `planners`: single-model planners on the base and on the best variant, pruned and healed in closed form.
 
 They look at the text that the objectives show a search. Ladders of the base that were made elsewhere (`--plans`) are
-scored too. Each model is healed towards the member that it was cut from.
+scored too. Each model is healed towards the member that it was pruned from.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from intarsia.recipe.recipe import Concat, Fitted, Merge, Op, Recipe, Select
 from intarsia.tailoring.family_file import BASE
 
 METHODS = ("shortgpt", "sleb", "come", "come-p")
-CUT, HEALED = "cut", "healed"
+PRUNED, HEALED = "pruned", "healed"
 
 
 def run(scorer: Scorer, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
-    """Plan, cut, heal and score."""
+    """Plan, heal and score."""
     members(scorer, setting)
     for method, folder in _ladders(given):
         _score(scorer, setting, rows, BASE, f"{method} (given)", folder)
@@ -72,15 +72,15 @@ def _score(scorer: Scorer, setting: Setting, rows: Rows, member: str, method: st
     if setting.layers not in found.depths():
         print(f"{method} on {member}: no ladder down to {setting.layers} layers")
         return
-    cut = found.recipe(setting.layers)
-    flat = _in_family(cut, setting.whole(member))
-    scorer.row(f"{method} on {member}, {CUT}", flat)
+    pruned = found.recipe(setting.layers)
+    flat = _in_family(pruned, setting.whole(member))
+    scorer.row(f"{method} on {member}, {PRUNED}", flat)
     key = f"{method} on {member}, {HEALED}"
     if key not in rows:
-        scorer.row(key, replace(flat, fitted=_fitted(scorer, setting, member, cut)))
+        scorer.row(key, replace(flat, fitted=_fitted(scorer, setting, member, pruned)))
 
 
-def _in_family(cut: Recipe, member: Recipe) -> Recipe:
+def _in_family(pruned: Recipe, member: Recipe) -> Recipe:
     """The recipe of a plan made on one member alone, with the layers of that member in the family."""
 
     def of_member(op: Op) -> Op:
@@ -89,11 +89,11 @@ def _in_family(cut: Recipe, member: Recipe) -> Recipe:
             return replace(op, cuts=tuple(replace(cut, source=ref) for cut, ref in zip(op.cuts, found, strict=True)))
         return replace(op, sources=tuple(found)) if isinstance(op, Merge) else Select(source=found[0])
 
-    return replace(member, layers=tuple(map(of_member, cut.layers)), spans=cut.spans)
+    return replace(member, layers=tuple(map(of_member, pruned.layers)), spans=pruned.spans)
 
 
-def _fitted(scorer: Scorer, setting: Setting, member: str, cut: Recipe) -> Fitted:
+def _fitted(scorer: Scorer, setting: Setting, member: str, pruned: Recipe) -> Fitted:
     checkpoint = open_checkpoint(setting.folder(member))
     resident = LoadedModel(checkpoint, device=default_device())
     with TeacherStates(Loop(resident, Batches(scorer.corpus, resident.device))) as teacher:
-        return fit(cut, teacher)[0].fitted
+        return fit(pruned, teacher)[0].fitted

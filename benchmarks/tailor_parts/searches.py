@@ -1,10 +1,10 @@
 """Parts `ablation` and `engines`: searches of equal trials, their incumbents scored and healed.
 
 All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
-cut from the base and from the best variant, taken from every member and from their merges, as far as the operations can
-say it. It is made twice: for the best healed model, with the trials of the greatest budget healed before they are
-scored (`heal: finalists`), and for the best model as it is cut. Engines are compared on models as they are cut, and on
-what they find themselves.
+leave of the base and of the best variant, taken from every member and from their merges, as far as operations allow.
+It is made twice: for the best healed model, with the trials of the greatest budget healed before they are scored
+(`heal: finalists`), and for the best pruned model. Engines are compared on pruned models, and on what they find
+themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from benchmarks.tailor_parts.planners import CUT, HEALED, best_variant, plan
+from benchmarks.tailor_parts.planners import HEALED, PRUNED, best_variant, plan
 from benchmarks.tailor_parts.scorer import Scorer
 from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
 from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
@@ -102,16 +102,16 @@ def _search(
 
 
 def _score(scorer: Scorer, setting: Setting, name: str, *, healed: bool) -> None:
-    """The knee of the front as it is cut, and healed where that was searched for; anew when the search has gone on."""
+    """The knee of the front, pruned, and healed where that was searched for; anew when the search has gone on."""
     folder = TailorRun.existing(folder_of(setting, name))
     trials = len(folder.made)
-    if scorer.has(f"{name}, {HEALED if healed else CUT}", trials=trials):
+    if scorer.has(f"{name}, {HEALED if healed else PRUNED}", trials=trials):
         return
     front = folder.front
     if front is None:
         print(f"{name}: no trial has succeeded")
         return
     recipe = trial_recipe(folder, front.knee, healed=False)
-    scorer.row(f"{name}, {CUT}", recipe, trials=trials)
+    scorer.row(f"{name}, {PRUNED}", recipe, trials=trials)
     if healed:
         scorer.row(f"{name}, {HEALED}", scorer.healed(recipe), trials=trials)

@@ -8,7 +8,7 @@ from itertools import product
 
 from benchmarks.tailor_parts import curves
 from benchmarks.tailor_parts.curves import Curve
-from benchmarks.tailor_parts.planners import CUT, HEALED
+from benchmarks.tailor_parts.planners import HEALED, PRUNED
 from benchmarks.tailor_parts.scorer import COUNTED, TASKS, TEXTS, kept, mean
 from benchmarks.tailor_parts.searches import CURVES, ENGINES, HEALS, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
@@ -55,7 +55,7 @@ def _ablation(rows: Rows) -> str:
     """The mean over seeds, with the standard deviation between them."""
     everything, base = rows.all(), rows[BASE]
     lines = []
-    for (heal, prefix), operations, state in product(HEALS.items(), ABLATION, (CUT, HEALED)):
+    for (heal, prefix), operations, state in product(HEALS.items(), ABLATION, (PRUNED, HEALED)):
         found = [row for name, row in everything.items() if _is(name, f"{prefix}{operations}", state)]
         if found:
             means = [mean(row, base) for row in found]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from intarsia.checkpoint.reader import Checkpoint
     from intarsia.data.corpus import Corpus
 
-BLEND, _UNCUT = "the same blend with no layer removed", "uncut"
+BLEND, _UNPRUNED = "the same blend with no layer removed", "unpruned"
 """The teacher of a recipe over several models, and its folder in the run folder."""
 _HELD_OUT, _MOST_HELD_OUT = 16, 16_384
 """Hold out one sequence in 16, up to 16,384 tokens, so that measuring stays cheaper than training."""
@@ -388,13 +388,13 @@ def over_its_blend(
     from intarsia.checkpoint.reader import Checkpoint
 
     blended = blend_of(recipe)
-    folder, layers = run / _UNCUT, blended.layers
+    folder, layers = run / _UNPRUNED, blended.layers
     if not folder.exists():
         require_room(run, variants[recipe.base].nbytes, f"the teacher, {BLEND}", option="--run")
         current().say(f"made of several models; the teacher is {BLEND}")
         materialize(blended, variants, folder)
     blend = Checkpoint.open(folder, model=str(folder))
-    name = _UNCUT
+    name = _UNPRUNED
     while name in variants:
         name += "_"
 
@@ -413,7 +413,7 @@ def over_its_blend(
 
 def forget_blend(run: Path) -> None:
     """Delete the blend once it is no longer needed. A kill leaves an incomplete one, which does not count."""
-    folder, leaving = run / _UNCUT, run / f".{_UNCUT}"
+    folder, leaving = run / _UNPRUNED, run / f".{_UNPRUNED}"
     if folder.exists():
         shutil.rmtree(leaving, ignore_errors=True)
         os.replace(folder, leaving)

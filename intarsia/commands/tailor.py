@@ -326,7 +326,7 @@ class SearchStart:
             same = _measured(earlier) == _measured(self.run)
             return from_search(earlier.trials, earlier.front, translator, name, same=same)
         if name in planners:
-            if space.kind != "cut":
+            if space.kind != "prune":
                 return WarmStart()
             path = self.run.path / "plans" / name
             planning = Planning(self.job, Target(layers=space.target), planners.choose(name))

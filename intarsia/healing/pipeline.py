@@ -52,7 +52,7 @@ from intarsia.recipe.recipe import Recipe
 from intarsia.registry import Chosen
 from intarsia.run_dir import RunDir
 
-CUT = "cut"
+PRUNED = "pruned"
 """The name of the pruned model in the list of stages."""
 
 _KEY = "key.json"
@@ -157,7 +157,7 @@ class HealContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """The result of a stage; `cut` is the pruned model."""
+    """The result of a stage; `pruned` is the model before all stages."""
 
     stage: str
     # As it was before the stage, where that is not accepted. Its provenance says how it was healed so far.
@@ -326,7 +326,7 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     passes = passes_at_most(stages, context.variants[recipe.base].architecture, **sizes)
     with progress.current().task("", sum(passes)) as task:
         for number, (chosen, units) in enumerate(zip((None, *stages), (0.0, *passes), strict=True)):
-            name = CUT if chosen is None else chosen.name
+            name = PRUNED if chosen is None else chosen.name
             path = context.run.path / context.name / f"{number}-{name}.yaml"
             key = _key(context, before, chosen)
             known = _facts(path)

@@ -102,7 +102,7 @@ class Evaluator:
         most: the largest budget; an objective with fewer examples uses all of them.
         model: the base in memory; it makes the layers of any recipe over the family.
         runner: runs the layers.
-        uncut: the recipe of the unpruned base.
+        unpruned: the recipe of the whole base.
         base: its costs at the largest budget of the search; None if they were not measured.
     """
 
@@ -161,7 +161,7 @@ class Evaluator:
             self.model = model = FamilyModel(family, device=device, dtype=dtype, memory_bytes=memory // 3)
             task.advance()
         self.runner = Runner(model, prefix_bytes=memory // 2, entry_bytes=memory // 6)
-        self.uncut = identity(Variant(name=model.base, model=checkpoint.model), model.architecture.n_layers)
+        self.unpruned = identity(Variant(name=model.base, model=checkpoint.model), model.architecture.n_layers)
         self._pack = takes_packed_rows(model.model, longest_row(self.measured))
         # Rows times columns of a batch; on a GPU, limit its logits to 1 GiB.
         self._batch_tokens = runtime.batch_tokens or default_batch_tokens(device)
@@ -250,9 +250,9 @@ class Evaluator:
                 for path in (kept, kept.with_suffix(".safetensors")):
                     path.unlink(missing_ok=True)
         with self._failing():
-            uncut = [self.model.module(op) for op in reference_layers(recipe)]
+            unpruned = [self.model.module(op) for op in reference_layers(recipe)]
             loop = Loop(self.model, Batches(self._heal_on, self.model.device))
-            with TeacherStates(loop, layers=uncut) as teacher:
+            with TeacherStates(loop, layers=unpruned) as teacher:
                 healed = fit(recipe, teacher, settings=_SETTINGS)[0]
         if kept is not None and kept.parent.is_dir():
             with suppress(UserError, OSError):  # the disk is full: build fits it again
@@ -260,19 +260,19 @@ class Evaluator:
         return healed
 
     def probe(self, budget: int) -> None:
-        """Measure the uncut base, and refuse objectives on which models cannot differ.
+        """Measure the unpruned base, and refuse objectives on which models cannot differ.
 
         Raises:
             UserError: the base cannot be scored, or models cannot differ on an objective.
         """
         try:
-            self.base = self.evaluate(self.uncut, budget, healed=False)
+            self.base = self.evaluate(self.unpruned, budget, healed=False)
         except TrialFailed as error:
             raise UserError(
                 f"The family's base cannot be scored on every objective: {error.reason}.",
                 "Use bfloat16 or float32, a smaller model, or more memory.",
             ) from error
-        check_varied(self.measured, self.scores(self.uncut, budget))
+        check_varied(self.measured, self.scores(self.unpruned, budget))
 
     def close(self) -> None:
         """Empty all caches."""
@@ -289,7 +289,7 @@ class Evaluator:
         far = [unit for unit in units if self._measures_kl(unit) and (unit, 0) not in self._likeliest]
         # All of them or none: a later batch may run out of memory.
         self._likeliest |= {
-            name: Likeliest.of(logits_NV) for name, _, logits_NV in self._logits(self.uncut, far, tokens)
+            name: Likeliest.of(logits_NV) for name, _, logits_NV in self._logits(self.unpruned, far, tokens)
         }
         work, key = self.runner.work, path_of(recipe)[-1]
         known = {unit: value for unit in units if (value := self._values.get((key, unit))) is not None}
@@ -393,7 +393,7 @@ def final_scores(
     counts: dict[str, int] = {}
     try:
         with current().task("final scores on unseen items", len(models) + 1) as task:
-            for name, recipe in {"base": evaluator.uncut, **models}.items():
+            for name, recipe in {"base": evaluator.unpruned, **models}.items():
                 task.note(name)
                 outcome = evaluator.evaluate(recipe, min(examples, evaluator.most))
                 costs = zip(evaluator.objectives, outcome.costs, outcome.details["stderr"], strict=True)

@@ -53,9 +53,9 @@ class Space:
         assert self.groups is None or (self.kind == "fusion" and 1 <= self.groups <= self.depth)
 
     @property
-    def kind(self) -> Literal["cut", "fusion", "stack"]:
+    def kind(self) -> Literal["prune", "fusion", "stack"]:
         """The kind of search, by the change of depth."""
-        return "cut" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
+        return "prune" if self.target < self.depth else "fusion" if self.target == self.depth else "stack"
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class Space:
     def log10_size(self) -> float:
         """The number of candidates, as a power of ten."""
         keeps = self.menu.count() ** (2 if self.separate else 1) * len(self.scales)
-        if self.kind != "cut":
+        if self.kind != "prune":
             layers = len(self.starts) if self.kind == "fusion" else self.target
             return math.log10(math.comb(self.depth, self.changes)) + layers * math.log10(keeps)
         members = len(self.menu.singles) ** 2
@@ -90,7 +90,7 @@ class Space:
     def joins(self, layer: int, positions: Sequence[int]) -> tuple[float | None, ...]:
         """The shares at which a layer may be joined with the removed layers after it, before the next position."""
         removed = self.removed_after(layer, positions)
-        if self.kind != "cut" or not removed:
+        if self.kind != "prune" or not removed:
             return ()
         halves = (None,) if self.half_layers and self._alike(layer, layer + removed) else ()
         return (*(self.shares if self._alike(layer, layer + 1) else ()), *halves)
@@ -106,7 +106,7 @@ class Space:
         """The removed layers, or in a stack those that occur twice."""
         if self.kind == "stack":
             return tuple(layer for layer in range(self.depth) if list(positions).count(layer) == 2)
-        return tuple(layer for layer in range(self.depth) if layer not in positions) if self.kind == "cut" else ()
+        return tuple(layer for layer in range(self.depth) if layer not in positions) if self.kind == "prune" else ()
 
     @property
     def changes(self) -> int:
@@ -126,7 +126,7 @@ class Space:
             UserError: no such number of layers can be removed.
         """
         whole, found = range(self.depth), list[int]()
-        if self.kind != "cut" or self.possible([layer for layer in whole if layer not in wanted]):
+        if self.kind != "prune" or self.possible([layer for layer in whole if layer not in wanted]):
             return wanted
         nearest = sorted(whole, key=lambda layer: min(abs(layer - other) for other in wanted))
         for _ in wanted:

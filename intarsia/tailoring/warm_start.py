@@ -72,7 +72,7 @@ def from_recipe(recipe: Recipe, space: Space, name: str) -> list[Start]:
 
     Nothing, if the space keeps another number of layers.
     """
-    if space.kind != "cut" or recipe.depth != space.depth:
+    if space.kind != "prune" or recipe.depth != space.depth:
         return []
     kept, halves = _kept(recipe, space)
     removed = [layer for layer in range(space.depth) if layer not in kept]

@@ -79,7 +79,7 @@ def test_healed_is_better_and_says_so(compress: Compress, text_file: Path, tmp_p
     facts = carried.provenance["heal"]
     assert facts["settings"]["closed-form"]["weighting"] == "relative"
     assert facts["text"]["sha256"] == carried.provenance["calibration"]["sha256"]
-    assert [row["stage"] for row in facts["stages"]] == ["cut", "closed-form"]
+    assert [row["stage"] for row in facts["stages"]] == ["pruned", "closed-form"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "least squares" in card and "- Healing: stages `closed-form`" in card
     titles = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith("|")]
@@ -237,7 +237,11 @@ def test_on_the_command_line_with_a_stage_of_ones_own(
     said = capsys.readouterr().out
     assert "perplexity" in said and "report" in said and len(said.splitlines()) <= 15
     stages = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml").provenance["heal"]["stages"]
-    assert [(row["stage"], row["taken"]) for row in stages] == [("cut", True), ("closed-form", True), ("mine", False)]
+    assert [(row["stage"], row["taken"]) for row in stages] == [
+        ("pruned", True),
+        ("closed-form", True),
+        ("mine", False),
+    ]
     with pytest.raises(SystemExit) as caught:
         main.run([*words.split(), "--heal", "magic"])
     assert caught.value.code == 2

@@ -51,7 +51,7 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"tokens": 8192, "data": str(text_file), "eval_text": [f"{text_file}#0.9:1"]}
     found = heal(recipe_file, out, stages=ALL, **given)
     rows = found.to_dict()["stages"]
-    assert [row["stage"] for row in rows] == ["cut", *ALL]
+    assert [row["stage"] for row in rows] == ["pruned", *ALL]
     assert all(row["taken"] for row in rows)
     perplexities = [row["held_out_perplexity"] for row in rows]
     assert perplexities == sorted(perplexities, reverse=True)
@@ -67,7 +67,7 @@ def test_all_stages(recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     weights = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
     assert weights[0] == weights[1]
     recipe = schema.load(out / "recipe" / "recipe.yaml")
-    assert [row["stage"] for row in recipe.provenance["heal"]["stages"]] == ["cut", *ALL]
+    assert [row["stage"] for row in recipe.provenance["heal"]["stages"]] == ["pruned", *ALL]
     # A healed model can be healed again, and a finished run is only read.
     assert schema.content_hash(read_recipe(out)) == found.recipe_sha256
     again = heal(recipe_file, tmp_path / "copy", run=tmp_path / "healed.heal", stages=ALL, **given)
@@ -281,7 +281,7 @@ def test_a_stage_of_ones_own(
     assert caught.value.code == 2 and "--layer-lr is an option of layerwise" in capsys.readouterr().err
     main.run([*asked[:-2], "--damp", "0.01", "-o", str(tmp_path / "out")])
     found = json.loads(capsys.readouterr().out)
-    assert [row["stage"] for row in found["stages"]] == ["cut", "closed-form", "mine"]
+    assert [row["stage"] for row in found["stages"]] == ["pruned", "closed-form", "mine"]
     assert [row["taken"] for row in found["stages"]] == [True, True, False]
     assert found["details"]["mine"] == [{"layer": 0, "damp": 0.01}]
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -103,14 +103,14 @@ def test_all_stages(members: Mapping[str, Path], text_file: Path, tmp_path: Path
         tokens=4096,
     )
     perplexities = [row["held_out_perplexity"] for row in found.stages]
-    assert [row["stage"] for row in found.stages] == ["cut", *ALL]
+    assert [row["stage"] for row in found.stages] == ["pruned", *ALL]
     assert perplexities == sorted(perplexities, reverse=True) and perplexities[0] > perplexities[-1]
     assert found.teacher == BLEND
     # The result is a recipe over its own members; the blend is deleted.
     kept = schema.load(tmp_path / "out" / "recipe" / "recipe.yaml")
     assert (kept.variants[0].name, kept.layers, kept.spans, kept.base) == ("base", made.layers, made.spans, "base")
     assert [variant.name for variant in kept.variants] == ["base", "math", "lora"] and kept.fitted
-    assert not (tmp_path / "out.heal" / "uncut").exists()
+    assert not (tmp_path / "out.heal" / "unpruned").exists()
     built = intarsia.build(tmp_path / "out" / "recipe" / "recipe.yaml", tmp_path / "again")
     assert built.recipe_sha256 == found.recipe_sha256
     alone = intarsia.evaluate_perplexity(str(tmp_path / "out"), text[0], seq_len=32, windows=4)
@@ -144,10 +144,10 @@ def test_the_closed_form_is_the_one_towards_the_blend(
     # A merged layer that stands for itself is the teacher's own: it is fitted as others after the cut are.
     teacher = [resident.module(op) for op in reference_layers(made)]
     simple, checkpoints = over_its_blend(made, variants, tmp_path / "blend")
-    assert [op.sources[0].variant for op in simple.layers] == ["uncut"] * 4
+    assert [op.sources[0].variant for op in simple.layers] == ["unpruned"] * 4
     expected = fit_on(
         replace(made, layers=simple.layers),
-        _named(resident, "uncut", teacher),
+        _named(resident, "unpruned", teacher),
         train,
         settings=FinalFitSettings(),
         layers=teacher,
@@ -157,7 +157,7 @@ def test_the_closed_form_is_the_one_towards_the_blend(
         assert found[index].keys() == tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_allclose(found[index][name], tensor, rtol=1e-4, atol=1e-5)
-    assert checkpoints["uncut"].architecture.n_layers == 6
+    assert checkpoints["unpruned"].architecture.n_layers == 6
 
 
 def _named(resident: LoadedModel, name: str, layers: list[torch.nn.Module]) -> LoadedModel:
@@ -198,9 +198,9 @@ def test_what_cannot_be_a_layer_of_the_blend_stays(members: Mapping[str, Path], 
     made = recipe_of(members, average(0), joined(members), average(4, 0.9), select(5, "math"))
     variants = open_variants(made)
     found, checkpoints = over_its_blend(made, variants, tmp_path)
-    assert [op.sources[0].variant for op in found.layers] == ["uncut", "base", "math", "uncut"]
+    assert [op.sources[0].variant for op in found.layers] == ["unpruned", "base", "math", "unpruned"]
     assert found.layers[1:3] == made.layers[1:3] and found.spans == made.spans
-    assert set(checkpoints) == {"uncut", "base", "math", "lora"}
+    assert set(checkpoints) == {"unpruned", "base", "math", "lora"}
 
 
 def test_a_recipe_is_checked_before_weights_are_hashed(
@@ -215,20 +215,20 @@ def test_a_folder_of_something_else_is_left_alone(members: Mapping[str, Path], t
     made = saved(recipe_of(members, select(0, "math"), select(2, "lora"), select(5)), tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("", encoding="utf-8")
-    (tmp_path / "uncut" / "uncut").mkdir(parents=True)
+    (tmp_path / "unpruned" / "unpruned").mkdir(parents=True)
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for run in (tmp_path / "mine", tmp_path / "uncut", tmp_path / "file"):
+    for run in (tmp_path / "mine", tmp_path / "unpruned", tmp_path / "file"):
         with pytest.raises(UserError, match="not a run folder"):
             heal(made, tmp_path / "out", data=str(text_file), tokens=2048, seq_len=32, run=run)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-    assert [path.name for path in (tmp_path / "uncut").iterdir()] == ["uncut"]
+    assert [path.name for path in (tmp_path / "unpruned").iterdir()] == ["unpruned"]
     # Other work of ours, with other settings: nothing of it is touched either.
     given: dict[str, Any] = {"data": str(text_file), "seq_len": 32, "run": tmp_path / "run"}
     heal(made, tmp_path / "out", tokens=2048, **given)
-    (tmp_path / "run" / "uncut").mkdir()
+    (tmp_path / "run" / "unpruned").mkdir()
     with pytest.raises(UserError, match="tokens"):
         heal(made, tmp_path / "out", tokens=4096, overwrite=True, **given)
-    assert (tmp_path / "run" / "uncut").exists() and not any((tmp_path / "run" / "uncut").iterdir())
+    assert (tmp_path / "run" / "unpruned").exists() and not any((tmp_path / "run" / "unpruned").iterdir())
 
 
 def test_a_mistake_leaves_nothing(members: Mapping[str, Path], text_file: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_members_that_change_are_noticed(
         stopped.setattr(closed_form, "fit", killed)
         with pytest.raises(KeyboardInterrupt):
             heal(made, tmp_path / "out", **given)
-    assert (tmp_path / "out.heal" / "uncut" / "config.json").exists()
+    assert (tmp_path / "out.heal" / "unpruned" / "config.json").exists()
     shutil.copy(members["base"] / "model.safetensors", tmp_path / "math" / "model.safetensors")
     with pytest.raises(UserError, match=r"members\.math"):
         heal(made, tmp_path / "out", **given)
@@ -271,7 +271,7 @@ def test_killed_while_the_blend_is_deleted(
     given: dict[str, Any] = {"data": str(text_file), "tokens": 2048, "seq_len": 32}
 
     def half(path: Path, **kwargs: Any) -> None:
-        if "uncut" in Path(path).name and (Path(path) / "config.json").exists():
+        if "unpruned" in Path(path).name and (Path(path) / "config.json").exists():
             (Path(path) / "config.json").unlink()
             raise KeyboardInterrupt
         remove(path, **kwargs)
@@ -283,7 +283,7 @@ def test_killed_while_the_blend_is_deleted(
             heal(made, tmp_path / "out", **given)
     first = schema.content_hash(schema.load(tmp_path / "out" / "recipe" / "recipe.yaml"))
     assert heal(made, tmp_path / "out", overwrite=True, **given).recipe_sha256 == first
-    assert not [path for path in (tmp_path / "out.heal").iterdir() if "uncut" in path.name]
+    assert not [path for path in (tmp_path / "out.heal").iterdir() if "unpruned" in path.name]
 
 
 def test_text_that_the_blend_writes(members: Mapping[str, Path], tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
     context: Callable[..., HealContext], cut: Recipe, text: TextParts, original: LoadedModel
 ) -> None:
     healed = run_stages(context(), cut, heal_stages.choose_all(["closed-form", "scale[factor=0.1]", LAYERWISE]))
-    assert [result.stage for result in healed.stages] == ["cut", "closed-form", "scale", "layerwise"]
+    assert [result.stage for result in healed.stages] == ["pruned", "closed-form", "scale", "layerwise"]
     assert [result.taken for result in healed.stages[:3]] == [True, True, False]
     first, fitted, scaled, _ = healed.stages
     assert fitted.perplexity < first.perplexity and scaled.perplexity == fitted.perplexity
@@ -116,7 +116,7 @@ def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
     by_hand, _ = fit_on(cut, original, text.calibration, settings=FINAL)
     assert schema.content_hash(by_hand) == schema.content_hash(fitted.recipe)
     said = healed.recipe.provenance["heal"]
-    assert [row["stage"] for row in said["stages"]] == ["cut", "closed-form", "scale", "layerwise"]
+    assert [row["stage"] for row in said["stages"]] == ["pruned", "closed-form", "scale", "layerwise"]
     assert said["settings"]["scale"] == {"factor": 0.1} and said["output_projections"] == fitted.details
     assert said["text"]["sha256"] == text.calibration.sha256
     assert schema.content_hash(schema.load(healed.path)) == schema.content_hash(healed.recipe)

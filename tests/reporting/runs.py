@@ -197,7 +197,7 @@ def search(folder: Path, *, trials: tuple[Trial, ...] = TRIALS, wanted: int = 7,
     settings = {
         "kind": "tailor",
         "members": {v.name: {"model": v.model, "revision": None, "sha256": v.sha256} for v in (BASE, MATH)},
-        "space": {"kind": "cut", "depth": 6, "target": 4, "log10_size": 11.7},
+        "space": {"kind": "prune", "depth": 6, "target": 4, "log10_size": 11.7},
         "budgets": [4, 12],
         "base": {"science": 1.0, "prose": 3.0},
         "objectives": [

@@ -231,11 +231,11 @@ def test_the_base_and_what_the_data_are(pair: Pair, objectives: Sequence[Objecti
     evaluator = opened(members, objectives)
     assert evaluator.objectives == ("right", "sure", "cot", "prose", "near")
     assert evaluator.base is not None
-    assert evaluator.evaluate(evaluator.uncut, BUDGET).costs == evaluator.base.costs
+    assert evaluator.evaluate(evaluator.unpruned, BUDGET).costs == evaluator.base.costs
     assert evaluator.data["right"] == evaluator.data["sure"] != evaluator.data["cot"]
     evaluator.close()
     assert evaluator.runner.prefixes.states.nbytes == 0
-    assert evaluator.evaluate(evaluator.uncut, BUDGET).costs == evaluator.base.costs
+    assert evaluator.evaluate(evaluator.unpruned, BUDGET).costs == evaluator.base.costs
 
 
 def test_healed(pair: Pair, objectives: Sequence[ObjectiveSpec]) -> None:
@@ -296,7 +296,7 @@ def test_no_room_for_a_fit(
     assert not list(tmp_path.iterdir())
 
 
-def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
+def test_healed_towards_the_same_blend_unpruned(trio: Family, objectives: Sequence[ObjectiveSpec]) -> None:
     """A cut of one member in the family is fitted as the same cut of that member alone, towards the member."""
     evaluator = opened(trio, objectives[2:4], heal="finalists", most=30, probe=False)
     kept = (0, 1, 3, 5)
@@ -315,7 +315,7 @@ def test_healed_towards_the_same_blend_uncut(trio: Family, objectives: Sequence[
     assert differs
 
 
-def test_uncut(trio: Family) -> None:
+def test_unpruned(trio: Family) -> None:
     joined = Concat(
         cuts=(
             Cut(source=LayerRef(variant="base", layer=3), kv_groups=(0,), channels=(0,), weights={}),
@@ -382,8 +382,8 @@ def test_a_lack_of_memory_for_the_base_is_made_up_for(
 
     monkeypatch.setattr(evaluator.runner.stream, "logits", fails_once)
     with pytest.raises(TrialFailed):
-        evaluator.evaluate(evaluator.uncut, 4)
-    assert evaluator.evaluate(evaluator.uncut, 4).costs == pytest.approx((0.0,), abs=1e-6)
+        evaluator.evaluate(evaluator.unpruned, 4)
+    assert evaluator.evaluate(evaluator.unpruned, 4).costs == pytest.approx((0.0,), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_an_objective_whose_every_answer_is_the_same(
 ) -> None:
     members = pair("llama")
     evaluator = opened(members, objectives[:1])
-    scores = evaluator.scores(evaluator.uncut, 20)[0]
+    scores = evaluator.scores(evaluator.unpruned, 20)[0]
     order = objective_of(evaluator, "right").examples
     wrong = {example.requests for example, score in zip(order, scores, strict=True) if score}
     lines = Path(objectives[0].source).read_text().splitlines()

@@ -183,7 +183,7 @@ def test_space_by_hand() -> None:
         output_scale=[0.95, 1.0],
     )
     found = space_of(file, make_architecture())
-    assert (found.depth, found.target, found.kind) == (6, 4, "cut")
+    assert (found.depth, found.target, found.kind) == (6, 4, "prune")
     assert found.shares == (0.4, 0.5, 0.6) and found.scales == (0.95, 1.0)
     # 3 whole; ties: 3 sets of variants, 1 density, lambda 0.1 and 0.2; slerp: 3 pairs, 9 shares.
     assert found.menu.count() == 3 + 3 * 2 + 3 * 9

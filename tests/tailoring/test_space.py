@@ -48,7 +48,7 @@ def all_candidates(space: Space) -> list[Candidate]:
 
     def joins(at: int, positions: Sequence[int]) -> list[Choice]:
         last = min((other for other in positions if other > at), default=space.depth) - 1
-        if last <= at or space.kind != "cut":
+        if last <= at or space.kind != "prune":
             return []
         shares: list[float | None] = [*(space.shares if types[at + 1] == types[at] else ())]
         shares += [None] * (space.half_layers and types[last] == types[at])

@@ -106,7 +106,7 @@ def mutate(space: Space, candidate: Candidate, rng: Random) -> Candidate:
                 # The returning layer is the base's, or takes the choice of the layer that it replaces.
                 moved = choices.get((new, 0)) if rng.random() < 0.5 else None
                 old = rng.choice(changed)
-                if moved is not None and space.kind == "cut":
+                if moved is not None and space.kind == "prune":
                     choices[old, 0] = moved
                 return space.arrange([*(layer for layer in changed if layer != old), new], choices)
             continue

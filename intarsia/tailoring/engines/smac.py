@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ConfigSpace import Configuration, ConfigurationSpace
 
 
-_KEPT = {"cut": ("kept", "removed"), "stack": ("once", "twice")}
+_KEPT = {"prune": ("kept", "removed"), "stack": ("once", "twice")}
 _YES, _NO = "yes", "no"
 _CONCAT, _HALVES = "concat", "half-layers"
 _ENDLESS = 10**9
@@ -157,7 +157,7 @@ class _Writer:
         usual, other = _KEPT[self.space.kind]
         share = self.space.changes / self.space.depth
         flag = self.category(f"{name}.layer", [usual, other], weights=[1.0 - share, share])
-        self.layer(name, position, (flag, [usual]) if self.space.kind == "cut" else None)
+        self.layer(name, position, (flag, [usual]) if self.space.kind == "prune" else None)
         if self.space.kind == "stack":
             self.layer(_name(position, 1), position, (flag, [other]))
 
