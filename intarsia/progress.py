@@ -15,6 +15,7 @@ Library calls are silent; the command line shows a bar on a terminal, and a line
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TextIO
 
 LINE_EVERY_SECONDS = 30.0
@@ -86,6 +88,18 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_bars(module: str) -> Iterator[None]:
+    """Hide the tqdm bars of another package's module that has no switch for them."""
+    imported: Any = importlib.import_module(module)
+    bar = getattr(imported, "tqdm", None)
+    imported.tqdm = bar and partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        imported.tqdm = bar
 
 
 class Job:

@@ -21,9 +21,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +35,7 @@ from intarsia.checkpoint.files import give_back
 from intarsia.checkpoint.hashing import cache_folder, fingerprint, recall, remember, sha256_of
 from intarsia.disk import check_out, damage_named, staged_folder
 from intarsia.errors import UserError, few, in_words, missing_package
-from intarsia.progress import current, quiet_transformers
+from intarsia.progress import current, quiet_transformers, without_bars
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The values shared by all published Llama 3 models."""
@@ -165,7 +163,8 @@ def convert(file: Path, out: Path, dtype: torch.dtype, *, title: str) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, name = str(file.parent), file.name
     # Most of the time is spent parsing the GGUF file, which happens three times.
-    with quiet_transformers(), _no_bar_of_the_reader(), current().task(title, 6) as task:
+    reader = "transformers.modeling_gguf_pytorch_utils"
+    with quiet_transformers(), without_bars(reader), current().task(title, 6) as task:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
             task.advance(2)
@@ -237,18 +236,6 @@ def _unknown(file: Path, found: str) -> UserError:
         f"{file} scales its rotary embedding by an unknown rule: {found}.",
         "Use the original checkpoint.",
     )
-
-
-@contextmanager
-def _no_bar_of_the_reader() -> Iterator[None]:
-    """Hide the bar of transformers' GGUF reader, which has no switch for it."""
-    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = getattr(reader, "tqdm", None)
-    reader.tqdm = bar and partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
 
 
 def clean(file: Path, **changes: Any) -> None:

@@ -30,6 +30,7 @@ from intarsia.evaluation.likelihood import Request, evaluating, fit, score_reque
 from intarsia.evaluation.results import Metric, TaskResults, TaskScore
 from intarsia.evaluation.task_file import Question, Solved, is_right, names_a_file, read_items, wants_text
 from intarsia.options import TextsAndTasks
+from intarsia.progress import without_bars
 
 _SAME = 1e-9  # difference between two sums of the same outcomes
 _SEED = 1234  # lm-eval's own for few-shot examples, for the same prompts as in published results
@@ -455,12 +456,12 @@ def _load(name: str, manager: Any) -> Task:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's log below errors, and send output of its tasks' code to stderr."""
+    """Silence lm-eval's bars and its log below errors, and send output of its tasks' code to stderr."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), without_bars("lm_eval.api.task"):
             yield
     finally:
         logger.setLevel(level)

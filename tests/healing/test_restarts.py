@@ -206,6 +206,7 @@ def test_of_several_starts_the_best_on_a_few_tokens_is_fitted_on_all(plan: Plan)
         (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=512]", 9),
         (ComePSettings(blocks=2), "closed-form[fit-trial-tokens=128]", 3 * (3 / 4 + 1)),
         (EvolveSettings(blocks=1, finalists=2), "closed-form[fit-trial-tokens=512]", 9),
+        (ComeSettings(), "closed-form,layerwise[epochs=2]", 3 + 2 + 3 * 2),
     ],
 )
 def test_passes_are_those_of_every_start(method: Any, stage: str, passes: float, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from intarsia.healing.settings import Check, Layers, Pace, Weighting
 from intarsia.registry import heal_stage
 
 if TYPE_CHECKING:
+    from intarsia.architecture.spec import Architecture
     from intarsia.healing.pipeline import HealContext
     from intarsia.recipe.recipe import Recipe
 
@@ -39,6 +40,10 @@ class LayerwiseSettings(Pace):
     layers: Layers = flag("spans", "--train-layers")
     # Tensors or modules of a layer to train (`down_proj`, `mlp`, ...); empty for all.
     only: tuple[str, ...] = ()
+
+    def passes_at_most(self, architecture: Architecture, *, starts: int, tokens: int) -> float:
+        """Passes of the whole model over a text: the teacher's, the student's, and every layer forward and back."""
+        return 2.0 + 3.0 * self.epochs
 
     def checks(self) -> Iterator[Check]:
         yield from super().checks()
