@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from intarsia.errors import at_least, check
+from intarsia.errors import Rule, at_least, check
 from intarsia.flags import byte_count, flag, token_count
 from intarsia.model_name import check_model
 
@@ -166,12 +166,15 @@ class AnswerSpec:
     answer_tokens: int = flag(64, metavar="N")
 
     def __post_init__(self) -> None:
+        check(*self._rules())
+
+    def _rules(self) -> list[Rule]:
         needed = self.answers > 0 or self.prompts is None
-        check(
+        return [
             *at_least(0, "Give 0 to leave agreement out.", answers=self.answers),
             *at_least(2, "Give a larger one, such as 64.", answer_tokens=self.answer_tokens),
             (needed, "--prompts is given with --answers 0.", "Leave one of them out."),
-        )
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,19 +187,22 @@ class PerplexityTexts(AnswerSpec):
     windows: tuple[int, ...] = flag((64,), "--eval-windows", "--windows", metavar="N")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         given: Any = self.windows
         windows: tuple[int, ...] = (given,) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "text", words(self.text))
         object.__setattr__(self, "windows", windows)
+        super().__post_init__()
+
+    def _rules(self) -> list[Rule]:
         names = [named(text)[0] for text in self.text]
         twice = next((name for name in names if names.count(name) > 1), None)
-        counts = f"--eval-windows has {len(windows)} numbers, and --eval-text {len(names)}."
-        check(
-            *at_least(0, "Give 0 for the whole text.", eval_windows=min(windows, default=0)),
-            (len(windows) in (1, len(names)), counts, "Give one number, or one for each --eval-text, in order."),
+        counts = f"--eval-windows has {len(self.windows)} numbers, and --eval-text {len(names)}."
+        return [
+            *super()._rules(),
+            *at_least(0, "Give 0 for the whole text.", eval_windows=min(self.windows, default=0)),
+            (len(self.windows) in (1, len(names)), counts, "Give one number, or one for each --eval-text, in order."),
             (twice is None, f"Two --eval-text are called {twice!r}.", "Give names: --eval-text NAME=FILE."),
-        )
+        ]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -218,9 +224,11 @@ class TextsAndTasks(PerplexityTexts):
     include_path: Path | None = flag(None, metavar="DIR")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "tasks", words(self.tasks))
-        check(*at_least(1, "Leave it out for all items.", limit=self.limit))
+        super().__post_init__()
+
+    def _rules(self) -> list[Rule]:
+        return [*super()._rules(), *at_least(1, "Leave it out for all items.", limit=self.limit)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,9 @@ def test_every_problem_of_a_value_is_found_at_once() -> None:
         "--seed is -1; it must be at least 0.",
     ]
     assert all(problem.hint for problem in caught.value.problems)
+    with pytest.raises(UserError) as caught:
+        EvalSpec(answers=-1, windows=-1, limit=0)  # options of three classes
+    assert [message.split()[0] for message in said(caught.value)] == ["--answers", "--eval-windows", "--limit"]
 
 
 @pytest.mark.parametrize(
