@@ -166,9 +166,10 @@ class AnswerSpec:
     answer_tokens: int = flag(64, metavar="N")
 
     def __post_init__(self) -> None:
-        check(*self._rules())
+        check(*self.rules())
 
-    def _rules(self) -> list[Rule]:
+    def rules(self) -> list[Rule]:
+        """What must hold."""
         needed = self.answers > 0 or self.prompts is None
         return [
             *at_least(0, "Give 0 to leave agreement out.", answers=self.answers),
@@ -193,12 +194,13 @@ class PerplexityTexts(AnswerSpec):
         object.__setattr__(self, "windows", windows)
         super().__post_init__()
 
-    def _rules(self) -> list[Rule]:
+    def rules(self) -> list[Rule]:
+        """What must hold."""
         names = [named(text)[0] for text in self.text]
         twice = next((name for name in names if names.count(name) > 1), None)
         counts = f"--eval-windows has {len(self.windows)} numbers, and --eval-text {len(names)}."
         return [
-            *super()._rules(),
+            *super().rules(),
             *at_least(0, "Give 0 for the whole text.", eval_windows=min(self.windows, default=0)),
             (len(self.windows) in (1, len(names)), counts, "Give one number, or one for each --eval-text, in order."),
             (twice is None, f"Two --eval-text are called {twice!r}.", "Give names: --eval-text NAME=FILE."),
@@ -227,8 +229,9 @@ class TextsAndTasks(PerplexityTexts):
         object.__setattr__(self, "tasks", words(self.tasks))
         super().__post_init__()
 
-    def _rules(self) -> list[Rule]:
-        return [*super()._rules(), *at_least(1, "Leave it out for all items.", limit=self.limit)]
+    def rules(self) -> list[Rule]:
+        """What must hold."""
+        return [*super().rules(), *at_least(1, "Leave it out for all items.", limit=self.limit)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from intarsia import progress
-from intarsia.errors import Problems, check
+from intarsia.errors import Problems, Rule, check
 from intarsia.flags import Flag, Result, flag, plain
 from intarsia.options import ModelRef, Runtime, Target, TextsAndTasks, TextSpec, named, words
 from intarsia.registry import Chosen, heal_stages, planners, words_of
@@ -82,13 +82,14 @@ class CompareEval(TextsAndTasks):
     # Measure tokens per second too, alternating each model with the original.
     speed: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def rules(self) -> list[Rule]:
+        """What must hold."""
         alone = self.task_layers is not None and not self.tasks
-        check(
+        return [
+            *super().rules(),
             (bool(self.text or self.tasks), "There is nothing to measure.", "Give --eval-text or --tasks."),
             (not alone, "--task-layers is given without --tasks.", "Give --tasks, or leave it out."),
-        )
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
