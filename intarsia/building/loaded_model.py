@@ -215,7 +215,7 @@ class LoadedModel:
         """
         Args:
             stream: read layers from their files when they are needed.
-            devices: spread the layers over these in blocks; `device`, the first of them, has the rest of the model.
+            devices: place the layers on these in blocks; `device`, the first of them, has the rest of the model.
         """
         assert not (stream and len(devices) > 1), "layers that are streamed run on one device"
         self.checkpoint = checkpoint

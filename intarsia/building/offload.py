@@ -1,4 +1,4 @@
-"""Offloading: layers that are in memory only while in use, and layers spread over several devices."""
+"""Offloading: layers that are in memory only while in use, and layers placed on several devices."""
 
 from __future__ import annotations
 

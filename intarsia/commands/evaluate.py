@@ -105,7 +105,8 @@ class _Entrant:
 
 
 def load_whole(job: Job) -> Any:
-    """A job's model, loaded by transformers, or a chain of streamed or spread layers; its weights are checked."""
+    """A job's model, its weights checked: loaded by transformers, or a chain of layers that are streamed or on several
+    devices."""
     from intarsia.building.loaded_model import load_model
     from intarsia.evaluation.perplexity import Chain, model_of
 
@@ -119,10 +120,10 @@ def load_whole(job: Job) -> Any:
 
 
 def check_one_device(runtime: Runtime) -> None:
-    """Refuse options that stream or spread the model.
+    """Refuse options that stream the model or place it on several devices.
 
     Raises:
-        UserError: it is streamed, or spread over several devices.
+        UserError: it is streamed, or on several devices.
     """
     check(
         (not runtime.stream, "--stream is given, and this needs the whole model in memory.", "Leave it out."),

@@ -48,7 +48,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class Placement:
     """Devices and memory of a model and its hidden states: a `Runtime`, resolved on this machine."""
 
-    # The first holds embedding and head; the layers are spread over all of them.
+    # The first holds embedding and head; the layers are placed on all of them.
     devices: tuple[torch.device, ...]
     runtime: Runtime
 
