@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # pytest parses each module of the plugins it finds by itself when it is first imported, of Hypothesis in the midst of a
 # test. Python before 3.11.8 fails where garbage is collected in a parse and a finalizer parses too, as asyncio's does to
-# tell of a lost task's error (CPython issue 106905). Plugins that are named are left as they are.
+# report a lost task's error (CPython issue 106905). Plugins that are named are left as they are.
 PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest -p xdist -p hypothesispytest
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 
