@@ -1,8 +1,9 @@
 """The effect of each heal stage on the demo model, at several depths.
 
 First what `compress` makes at each of `--efforts`. Then pruned by each of `--methods`, and the closed form over all
-layers on 64k tokens, as `compress` does it. Texts as in the benchmark `quality`, whose ladders are used if they exist.
-Every row is kept, so a stopped benchmark resumes.
+layers on 64k tokens, as `compress` does it. Calibration: equal parts of WikiText-2 (validation), news without its last
+tenth, and speeches. Evaluation: the first 64 windows of 512 tokens of WikiText-2 (test), and 16 windows of that last
+tenth of the news. Every row is kept, so a stopped benchmark resumes.
 
     python -m benchmarks heal --data ../shared/data -o out/bench/heal
 """
@@ -31,7 +32,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.out: Path = given.out
-        self.plans: Path = given.plans
+        self.plans = self.out / "plans"
         self.tokens: int = given.tokens
         self.deepest: int = min(given.layers)
         data: Path = given.data / "text"
@@ -127,7 +128,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("out/bench/heal"))
-    parser.add_argument("--plans", type=Path, default=Path("out/bench/quality"), help="run folders of `quality`")
     parser.add_argument("--layers", type=int, nargs="+", default=[27, 25, 23, 21])
     parser.add_argument("--efforts", nargs="*", default=["quick", "standard"], choices=list(EFFORTS))
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
