@@ -91,7 +91,7 @@ def test_heal_stage(run: Run, model_folder: Callable[[str], Path], text_file: Pa
 
 
 def test_merge_operator(run: Run, family: Callable[[str, str], Path], tmp_path: Path) -> None:
-    words = ("-o", tmp_path / "run", "--no-judge", "--no-build")
+    words = ("-o", tmp_path / "run", "--no-score", "--no-build")
     found = run("merge operator", "tailor", family("consensus", "random"), *words)
     assert found["trials"] == 6 and found["failed"] == 0
     trials = (tmp_path / "run" / "trials.jsonl").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def test_merge_operator(run: Run, family: Callable[[str, str], Path], tmp_path: 
 
 
 def test_engine(run: Run, family: Callable[[str, str], Path], tmp_path: Path) -> None:
-    words = ("-o", tmp_path / "run", "--no-judge", "--no-build")
+    words = ("-o", tmp_path / "run", "--no-score", "--no-build")
     found = run("engine", "tailor", family("task_arithmetic", "climb"), *words)
     assert found["trials"] == 6 and found["failed"] == 0
     trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]

@@ -94,7 +94,7 @@ def _search(
         file,
         folder,
         search=SearchOptions(trials=setting.trials, calibration=tuple(setting.calibration), tokens=setting.tokens[2]),
-        final=FinalOptions(judge=False, build=False),
+        final=FinalOptions(score=False, build=False),
     )
     spent = f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} s of the processor"
     print(f"{name}: {found.trials} trials, {found.failed} failed; {spent}", flush=True)

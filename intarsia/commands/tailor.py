@@ -79,12 +79,12 @@ class FinalOptions:
     # Build the incumbent into RUN/best.
     build: bool = True
     # Score the incumbent on unseen examples.
-    judge: bool = True
+    score: bool = True
     # Most unseen examples per objective.
-    judge_examples: int = flag(1000, metavar="N")
+    score_examples: int = flag(1000, metavar="N")
 
     def __post_init__(self) -> None:
-        check(*at_least(1, judge_examples=self.judge_examples))
+        check(*at_least(1, score_examples=self.score_examples))
 
 
 def tailor(
@@ -420,7 +420,7 @@ def _finish(path: Path, plan: _Plan, family: Family, evaluator: Evaluator, final
     shutil.rmtree(run.fits, ignore_errors=True)
     recipe = trial_recipe(run, front.knee, evaluator)
     sha256 = content_hash(recipe)
-    asked = final.judge_examples if final.judge else None
+    asked = final.score_examples if final.score else None
     evaluated = run.final
     if evaluated is not None and (evaluated["recipe"], evaluated["asked"]) != (sha256, asked):
         evaluated = None

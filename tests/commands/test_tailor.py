@@ -58,7 +58,7 @@ def tailor(
         engine=engine,
         search=SearchOptions(**{"tokens": 512, **given}),
         runtime=Runtime(device="cpu"),
-        final=FinalOptions(build=result, judge=result),
+        final=FinalOptions(build=result, score=result),
     )
 
 
@@ -193,7 +193,7 @@ def test_half_layers(parts: dict[str, Path], tmp_path: Path) -> None:
     """A search for drops of half layers, from the command line to a built trial; pieces are not measured for it."""
     changes = {"merge, concat]": "half-layers]", "merge: {methods: [task_arithmetic, slerp]}\n": "", ", shortgpt": ""}
     family = write_family(parts, tmp_path / "family.yaml", **changes)
-    cli.run(["tailor", str(family), "-o", str(tmp_path / "run"), "--device", "cpu", "--no-judge", "--no-build"])
+    cli.run(["tailor", str(family), "-o", str(tmp_path / "run"), "--device", "cpu", "--no-score", "--no-build"])
     run = TailorRun(tmp_path / "run")
     halves = [trial for trial in run.trials if Join(first="base", second="math") in trial.candidate.choices]
     assert halves and not (run.path / "sensitivities.safetensors").exists()
@@ -454,7 +454,7 @@ def test_healed_in_the_loop(parts: dict[str, Path], tmp_path: Path, heal: str, m
         if wanted is not cut:
             assert trial.costs != evaluator.evaluate(cut, trial.budget, healed=False).costs
 
-    # Judged before and after, on the other halves.
+    # Scored before and after, on the other halves.
     assert result.evaluated is not None
     rows = {row["model"]: row for row in result.evaluated["rows"]}
     assert list(rows) == ["base", "incumbent as pruned", "incumbent"]
@@ -559,7 +559,7 @@ def test_an_operator_and_an_engine_of_one_s_own(
         **{"[task_arithmetic, slerp]": "[halfway]", "merge, concat]": "merge]", "[random-middle, shortgpt]": "[]"},
     )
     words = [str(path), "-o", str(tmp_path / "run"), "--engine", "listed", "--plugin", str(tmp_path / "mine.py")]
-    cli.run(["tailor", *words, "--workers", workers, "--device", "cpu", "--json", "--judge-examples", "4"])
+    cli.run(["tailor", *words, "--workers", workers, "--device", "cpu", "--json", "--score-examples", "4"])
     found = json.loads(capsys.readouterr().out)
     built = intarsia.build(tmp_path / "run", tmp_path / "built", trial=1)
     assert found["stopped"] == "the engine found nothing new to try" and found["trials"] == 5

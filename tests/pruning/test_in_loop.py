@@ -1,4 +1,4 @@
-"""Repair inside the progressive loop, against the same sequence by hand: merge, fit, measure, decide."""
+"""Healing inside the progressive loop, against the same sequence by hand: merge, fit, measure, decide."""
 
 from __future__ import annotations
 
