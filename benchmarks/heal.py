@@ -1,4 +1,4 @@
-"""The effect of each heal stage on the demo model, at several depths.
+"""What the efforts, and the closed form after other methods, make of the demo model at several depths.
 
 First what `compress` makes at each of `--efforts`. Then pruned by each of `--methods`, and the closed form over all
 layers on 64k tokens, as `compress` does it. Calibration: equal parts of WikiText-2 (validation), news without its last
@@ -85,11 +85,8 @@ class Bench:
 
     def depth(self, method: str, layers: int) -> None:
         """A method at one depth, pruned and healed."""
-        pruned, folder, key = (
-            self.pruned(method, layers),
-            self.out / f"{method}-{layers}-cf",
-            f"{method} {layers} closed form",
-        )
+        pruned = self.pruned(method, layers)
+        folder, key = self.out / f"{method}-{layers}-cf", f"{method} {layers} closed form"
         started = time.perf_counter()
         if not folder.exists():
             # A sixteenth is held out: all of the tokens are fitted on.

@@ -184,7 +184,7 @@ def test_spans_are_chosen_the_same(tmp_path: Path, checkpoint_of: Opened, reside
 
 
 def test_a_step_reads_a_layer_once_a_pass(checkpoint_of: Opened, tmp_path: Path) -> None:
-    """However many batches, candidates and ratios there are: measuring is one pass, and judging ratios another."""
+    """However many batches, candidates and ratios there are: measuring is one pass, and comparing ratios another."""
     resident, corpus = streamed(checkpoint_of("llama")), corpus_of()
     assert resident.offload is not None
     model = Intermediate(resident, corpus, whole().layers, batch_tokens=corpus.seq_len)

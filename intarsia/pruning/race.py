@@ -97,8 +97,10 @@ def _survivors(alive: Sequence[Name], means: Mapping[Name, Tensor], keep: int) -
         return list(alive)
     ranked = sorted(alive, key=lambda name: float(means[name].mean()))
     half = ranked[: max(_LAST, keep, math.ceil(len(ranked) / 2))]
-    clearly = {name for name in half[keep:] if _clearly_worse(means[name] - means[ranked[0]])}
-    return [name for name in alive if name in half and name not in clearly]
+    safe = half[:keep]
+    return [
+        name for name in alive if name in safe or (name in half and not _clearly_worse(means[name] - means[ranked[0]]))
+    ]
 
 
 def share_at_most(candidates: int, sequences: int, *, racing: bool, keep: int = 1) -> float:

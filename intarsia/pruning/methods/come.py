@@ -129,7 +129,7 @@ class Come(Progressive):
     def choose(
         self, model: Intermediate, ranked: Sequence[int], count: int, pieces: Callable[[int], Scores]
     ) -> tuple[Candidate | None, dict[str, Any]]:
-        """The best candidate, and evidence for the log.
+        """The best candidate (None if there is none), and evidence for the log.
 
         Args:
             ranked: starts of spans of `count` layers that may be merged, best first.
