@@ -3,8 +3,7 @@
 Calibration: equal parts of WikiText-2 (validation), news without its last tenth, and speeches. Evaluation: the first
 64 windows of 512 tokens of WikiText-2 (test), 16 windows of that last tenth of the news, and at some depths the first
 items of the last two thirds of each task. Healed rows are fitted lightly: on unchanged layers only
-down_proj, without o_proj as in `intarsia compress` and `compare`. A stopped benchmark resumes. Prints
-the tables of the README.
+down_proj, without o_proj as in `intarsia compress` and `compare`. A stopped benchmark resumes.
 
     python -m benchmarks compare --data ../shared/data -o out/bench/compare
 """

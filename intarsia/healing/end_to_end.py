@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.building.loaded_model import fast_products
 from intarsia.checkpoint.reader import Checkpoint
@@ -103,6 +103,14 @@ def train(
     return with_trained(recipe, opened.architecture, opened, best[0]), [report]
 
 
+def optimiser_of(parameters: Iterable[nn.Parameter], settings: EndToEndSettings) -> torch.optim.Optimizer:
+    """AdamW, or Muon (Jordan et al., 2024) with steps of AdamW's size (arXiv 2502.16982)."""
+    given, lr, decay = list(parameters), settings.peak, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(given, lr=lr, betas=(0.9, 0.95), weight_decay=decay)
+    return torch.optim.Muon(given, lr=lr, momentum=0.9, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+
+
 def lesson_depths(recipe: Recipe, settings: EndToEndSettings) -> tuple[int, ...]:
     """Depths of the teacher whose hidden states are learnt from."""
     return tuple(recipe.spans[index][1] for index in changed_layers(recipe)) if settings.hidden else ()
@@ -121,16 +129,18 @@ class WholeTraining:
         accelerator: Any,
     ) -> None:
         """The student is in the folder already."""
-        self.text, self.folder, self.settings = text, folder, settings
-        self.accelerator = accelerator
+        self.text, self.folder, self.accelerator = text, folder, accelerator
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
-        self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len, multiple=self.world)
-        self.tokens = self.schedule.batch * text.seq_len  # of a step
         usual = _CPU_MICRO_TOKENS if self.device.type == "cpu" else _MICRO_TOKENS
         self.micro = max(1, (settings.micro_tokens or usual) // text.seq_len)
         depths = lesson_depths(recipe, settings)
         student = folder / "student"
         model, architecture = load_student(student, settings, self.device)
+        low_rank = any(".lora_" in name for name, _ in model.named_parameters())
+        # Without a linear module that could have low-rank changes, all parameters are trained.
+        self.settings = settings = settings if low_rank else replace(settings, lora=None, optimizer="adamw")
+        self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len, multiple=self.world)
+        self.tokens = self.schedule.batch * text.seq_len  # of a step
         self.top_k = (
             self._top_k(teacher, architecture.vocabulary) if settings.top_k is not None and settings.logits else None
         )
@@ -146,14 +156,9 @@ class WholeTraining:
             teacher_head=None if self.teacher is None else self.teacher.split.head,
             autocast=settings.precision == "bf16" or (settings.precision == "auto" and fast),
         )
-        self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(
-            [parameter for parameter in distiller.parameters() if parameter.requires_grad],
-            lr=settings.peak,
-            betas=(0.9, 0.95),
-            weight_decay=settings.weight_decay,
-        )
-        self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
+        trained = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
+        self.names = list(trained)
+        self.model, self.optimiser = accelerator.prepare(distiller, optimiser_of(trained.values(), settings))
         self.curve = Curve(folder / "curve.jsonl", accelerator, settings)
 
     def _top_k(self, teacher: Callable[[], Teacher], vocabulary: int) -> TopK:

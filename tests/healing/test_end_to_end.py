@@ -16,8 +16,9 @@ from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
+from intarsia.errors import UserError
 from intarsia.healing import end_to_end
-from intarsia.healing.end_to_end import WholeTraining, lesson_depths
+from intarsia.healing.end_to_end import WholeTraining, lesson_depths, optimiser_of
 from intarsia.healing.pipeline import quality
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
@@ -268,6 +269,16 @@ def test_all_tokens_in_the_cache_teach_as_the_teacher(cut: Cut, tokens: Tokens, 
 @pytest.mark.parametrize(("settings", "peak"), [({}, 1e-3), ({"lora": None}, 1e-4), ({"lora": None, "lr": 2e-4}, 2e-4)])
 def test_the_learning_rate_suits_what_is_trained(settings: dict[str, Any], peak: float) -> None:
     assert EndToEndSettings(**settings).peak == peak
+
+
+def test_a_step_of_muon_has_all_directions_alike() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    parameter.grad = torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.05]))
+    optimiser_of([parameter], EndToEndSettings(optimizer="muon", lr=0.5)).step()
+    # 0.2 lr in root mean square; Newton's iterations leave each direction within 0.5 to 1.5 of that.
+    assert torch.linalg.svdvals(parameter.detach()) == pytest.approx(torch.full((4,), 0.2 * 0.5 * 2.0), rel=0.5)
+    with pytest.raises(UserError, match="adamw where all parameters are trained"):
+        EndToEndSettings(optimizer="muon", lora=None)
 
 
 def test_a_worse_heal_returns_the_input(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:
