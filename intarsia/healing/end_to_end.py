@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intarsia.building.loaded_model import fast_products
 from intarsia.checkpoint.reader import Checkpoint
@@ -103,14 +103,6 @@ def train(
     return with_trained(recipe, opened.architecture, opened, best[0]), [report]
 
 
-def optimiser_of(parameters: Iterable[nn.Parameter], settings: EndToEndSettings) -> torch.optim.Optimizer:
-    """AdamW, or Muon (Jordan et al., 2024) with steps of AdamW's size (arXiv 2502.16982)."""
-    given, lr, decay = list(parameters), settings.peak, settings.weight_decay
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(given, lr=lr, betas=(0.9, 0.95), weight_decay=decay)
-    return torch.optim.Muon(given, lr=lr, momentum=0.9, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-
-
 def lesson_depths(recipe: Recipe, settings: EndToEndSettings) -> tuple[int, ...]:
     """Depths of the teacher whose hidden states are learnt from."""
     return tuple(recipe.spans[index][1] for index in changed_layers(recipe)) if settings.hidden else ()
@@ -138,7 +130,7 @@ class WholeTraining:
         model, architecture = load_student(student, settings, self.device)
         low_rank = any(".lora_" in name for name, _ in model.named_parameters())
         # Without a linear module that could have low-rank changes, all parameters are trained.
-        self.settings = settings = settings if low_rank else replace(settings, lora=None, optimizer="adamw")
+        self.settings = settings = settings if low_rank else replace(settings, lora=None)
         self.schedule = schedule_of(settings, sequences=text.train, seq_len=text.seq_len, multiple=self.world)
         self.tokens = self.schedule.batch * text.seq_len  # of a step
         self.top_k = (
@@ -156,9 +148,14 @@ class WholeTraining:
             teacher_head=None if self.teacher is None else self.teacher.split.head,
             autocast=settings.precision == "bf16" or (settings.precision == "auto" and fast),
         )
-        trained = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
-        self.names = list(trained)
-        self.model, self.optimiser = accelerator.prepare(distiller, optimiser_of(trained.values(), settings))
+        self.names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            [parameter for parameter in distiller.parameters() if parameter.requires_grad],
+            lr=settings.peak,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+        self.model, self.optimiser = accelerator.prepare(distiller, optimiser)
         self.curve = Curve(folder / "curve.jsonl", accelerator, settings)
 
     def _top_k(self, teacher: Callable[[], Teacher], vocabulary: int) -> TopK:

@@ -88,7 +88,7 @@ class Pace(Checked):
     least_lr: float = 0.05
     # Share of all steps for warm-up of the learning rate.
     warmup: float = 0.05
-    # Weight decay.
+    # Weight decay of AdamW.
     weight_decay: float = 0.0
     # Largest gradient norm; larger gradients are clipped.
     clip: float = 1.0

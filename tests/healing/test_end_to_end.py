@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("accelerate")
 
@@ -16,9 +17,8 @@ from intarsia.building.loaded_model import LoadedModel, load_model
 from intarsia.building.materialize import assembled
 from intarsia.checkpoint.reader import Checkpoint
 from intarsia.data.corpus import Corpus
-from intarsia.errors import UserError
 from intarsia.healing import end_to_end
-from intarsia.healing.end_to_end import WholeTraining, lesson_depths, optimiser_of
+from intarsia.healing.end_to_end import WholeTraining, lesson_depths
 from intarsia.healing.pipeline import quality
 from intarsia.healing.stages.end_to_end import EndToEndSettings
 from intarsia.healing.student import Distiller, Lesson, build_student, load_student, with_trained
@@ -27,6 +27,7 @@ from intarsia.healing.training import Text, read_curve
 from intarsia.recipe.recipe import Recipe
 from tests import families
 from tests.healing.conftest import Cut, Tokens
+from tests.recipes_by_hand import recipe_of, select
 
 CPU = torch.device("cpu")
 QUICK = EndToEndSettings(batch_tokens=64, micro_tokens=32, evaluations=3, patience=3, lr=3e-3, lora=None, top_k=None)
@@ -194,6 +195,23 @@ def test_lora_is_merged(family: str, cut: Cut, tokens: Tokens, tmp_path: Path) -
     assert report["loss_after"] < report["loss_before"]
 
 
+def test_a_model_without_linear_modules_is_trained_as_a_whole(tokens: Tokens, tmp_path: Path) -> None:
+    settings = GPT2Config(
+        vocab_size=families.VOCABULARY, n_positions=64, n_embd=16, n_layer=6, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint.open(tmp_path / "model", model=str(tmp_path / "model"))
+    recipe = recipe_of(str(checkpoint.folder), [select(0), select(2)])
+    low_rank = replace(QUICK, lora=4, lr=None)
+    trained = {}
+    for name, how in (("low rank", low_rank), ("whole", replace(low_rank, lora=None))):
+        healed, report = heal((checkpoint, recipe), tokens(), tmp_path / name, how)
+        assert report["loss_after"] < report["loss_before"]
+        trained[name] = healed
+    assert same(trained["low rank"], trained["whole"])
+
+
 def test_lora_merges_as_peft_does(cut: Cut, tmp_path: Path) -> None:
     LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
 
@@ -269,16 +287,6 @@ def test_all_tokens_in_the_cache_teach_as_the_teacher(cut: Cut, tokens: Tokens, 
 @pytest.mark.parametrize(("settings", "peak"), [({}, 1e-3), ({"lora": None}, 1e-4), ({"lora": None, "lr": 2e-4}, 2e-4)])
 def test_the_learning_rate_suits_what_is_trained(settings: dict[str, Any], peak: float) -> None:
     assert EndToEndSettings(**settings).peak == peak
-
-
-def test_a_step_of_muon_has_all_directions_alike() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(4, 4))
-    parameter.grad = torch.diag(torch.tensor([1.0, 0.5, 0.1, 0.05]))
-    optimiser_of([parameter], EndToEndSettings(optimizer="muon", lr=0.5)).step()
-    # 0.2 lr in root mean square; Newton's iterations leave each direction within 0.5 to 1.5 of that.
-    assert torch.linalg.svdvals(parameter.detach()) == pytest.approx(torch.full((4,), 0.2 * 0.5 * 2.0), rel=0.5)
-    with pytest.raises(UserError, match="adamw where all parameters are trained"):
-        EndToEndSettings(optimizer="muon", lora=None)
 
 
 def test_a_worse_heal_returns_the_input(cut: Cut, tokens: Tokens, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def curve_of(out: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen2", ["--checkpointing", "--lora", "none"]), ("llama", ["--lora", "4", "--optimizer", "muon"])],
+    [("qwen2", ["--checkpointing", "--lora", "none"]), ("llama", ["--lora", "4"])],
     ids=["tied", "low rank"],
 )
 def test_shards_are_as_one(family: str, options: list[str], cut: Cut, text_file: Path, tmp_path: Path) -> None:

@@ -44,9 +44,6 @@ class EndToEndSettings(Pace):
     # Rank of low-rank changes to every linear layer (of a mixture, of its attention); `none` trains all parameters of
     # the layers.
     lora: int | None = 64
-    # `muon` takes steps that have all directions of a matrix alike (for low-rank changes): it learns more from a step,
-    # which takes longer where 16-bit products are slow.
-    optimizer: Literal["adamw", "muon"] = "adamw"
     # Tokens of one forward and backward pass on one device; gradients are accumulated up to --step-tokens (default: a
     # whole step, at most 2048 on CPU and 16384 elsewhere).
     micro_tokens: int | None = None
@@ -79,11 +76,6 @@ class EndToEndSettings(Pace):
         yield self.weights("logits", "hidden", "cross_entropy")
         yield 0.0 < self.temperature < float("inf"), ("temperature",), "a number above 0"
         yield from self.at_least(1, "top_k", "lora", "micro_tokens")
-        yield (
-            self.optimizer == "adamw" or self.lora is not None,
-            ("optimizer",),
-            "adamw where all parameters are trained",
-        )
 
 
 def check(settings: EndToEndSettings) -> None:
