@@ -3,9 +3,9 @@
 Parts, each of which can be run alone; `--parts` takes several, in order. Everything that is finished is kept in the
 folder and only read when the command is run again, and a search resumes where it was.
 
-- `planners`: planners for a single model, on the base and on the best variant, pruned and healed in closed form.
-- `ablation`: searches that may remove; remove and select; and merge; and concatenate. Equal trials, for the best
-  healed model and for the best without healing (`--heal finalists,none`).
+- `planners`: planners for a single model, on the base and on the best variant, healed in closed form.
+- `ablation`: searches that may remove; remove and select; and merge; and combine half layers, or concatenate. Equal
+  trials; what they find is healed in closed form.
 - `engines`: evolve, smac and random search with all operations at equal trials: curves.
 - `workers`: trials of two workers against those of one; needs two idle cores, and is left out unless it is named.
 - `table`: print what is there.
@@ -44,7 +44,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--trials", type=int, default=60, help="of each search")
     found.add_argument("--budgets", type=_listed, default=("9", "81"), help="the least and the greatest, by comma")
     found.add_argument("--engines", type=_listed, default=searches.ENGINES, help="by comma")
-    found.add_argument("--heal", type=_listed, default=tuple(searches.HEALS), help="of the ablation, by comma")
+    found.add_argument("--heal", choices=("none", "finalists"), default="none", help="trials of the ablation")
     found.add_argument(
         "--operations", type=_listed, default=tuple(ABLATION), help="of the ablation: its rows, by comma"
     )
@@ -60,8 +60,6 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [part for part in given.parts if part not in _ALL]
     if unknown:
         found.error(f"--parts: no {', '.join(unknown)} among {', '.join(_ALL)}")
-    if set(given.heal) - {*searches.HEALS}:
-        found.error(f"--heal: of {', '.join(searches.HEALS)}")
     if set(given.operations) - {*ABLATION}:
         found.error(f"--operations: of {', '.join(ABLATION)}")
     if len(given.budgets) != 2:
@@ -98,8 +96,8 @@ def main() -> None:
             planners.run(scorer, setting, rows, methods=given.methods, given=given.plans)
         elif part == "ablation":
             planners.members(scorer, setting)
-            how = {"engine": given.ablate_with, "heals": given.heal, "kinds": given.operations}
-            searches.ablation(scorer, setting, rows, seeds=seeds, **how)
+            how = {"engine": given.ablate_with, "heal": given.heal, "kinds": given.operations}
+            searches.ablation(scorer, setting, seeds=seeds, **how)
         elif part == "engines":
             searches.engines(setting, seeds=seeds, names=given.engines)
         elif part == "workers":

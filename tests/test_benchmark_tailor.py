@@ -64,8 +64,8 @@ def test_curve() -> None:
 
 
 def test_the_mean_score() -> None:
-    base = {"arc_easy": 0.5, "piqa": 0.6, "math_mc": 0.1, "math_cot": 2.0, "news": 30.0, "WikiText-2": 40.0}
-    row = {"arc_easy": 0.25, "piqa": 0.6, "math_mc": 0.3, "math_cot": 8.0, "news": 40.0, "WikiText-2": 80.0}
+    base = {"arc_easy": 0.5, "piqa": 0.6, "math_cot": 2.0, "news": 30.0, "WikiText-2": 40.0}
+    row = {"arc_easy": 0.25, "piqa": 0.6, "math_cot": 8.0, "news": 40.0, "WikiText-2": 80.0}
     assert kept(row, base) == pytest.approx(
         {"arc_easy": 0.5, "piqa": 1.0, "math_cot": 0.25, "news": 0.75, "WikiText-2": 0.5}
     )

@@ -1,6 +1,6 @@
 """How good a search was after how many trials.
 
-Each cost is given as its excess over the uncut base's on the same examples, (cost - base) / base. At every number of
+Each cost is given as its excess over the unpruned base's on the same examples, (cost - base) / base. At every number of
 trials two numbers describe the trials so far that were scored at the greatest budget:
 
 - the least of max_i(e_i) + 0.05 sum_i(e_i) over them (ParEGO's function with equal weights that sum to as many as there

@@ -1,4 +1,4 @@
-"""Part `planners`: single-model planners on the base and on the best variant, pruned and healed in closed form.
+"""Part `planners`: single-model planners on the base and on the best variant, healed in closed form.
 
 They look at the text that the objectives show a search. Ladders of the base that were made elsewhere (`--plans`) are
 scored too. Each model is healed towards the member that it was pruned from.
@@ -26,7 +26,6 @@ from intarsia.recipe.recipe import Concat, Fitted, Merge, Op, Recipe, Select
 from intarsia.tailoring.family_file import BASE
 
 METHODS = ("shortgpt", "sleb", "come", "come-p")
-PRUNED, HEALED = "pruned", "healed"
 
 
 def run(scorer: Scorer, setting: Setting, rows: Rows, *, methods: tuple[str, ...], given: Path | None) -> None:
@@ -36,7 +35,7 @@ def run(scorer: Scorer, setting: Setting, rows: Rows, *, methods: tuple[str, ...
         _score(scorer, setting, rows, BASE, f"{method} (given)", folder)
     for member in (BASE, best_variant(rows)):
         for method in methods:
-            if f"{method} on {member}, {HEALED}" not in rows:
+            if f"{method} on {member}" not in rows:
                 _score(scorer, setting, rows, member, method, plan(setting, member, method))
 
 
@@ -74,8 +73,7 @@ def _score(scorer: Scorer, setting: Setting, rows: Rows, member: str, method: st
         return
     pruned = found.recipe(setting.layers)
     flat = _in_family(pruned, setting.whole(member))
-    scorer.row(f"{method} on {member}, {PRUNED}", flat)
-    key = f"{method} on {member}, {HEALED}"
+    key = f"{method} on {member}"
     if key not in rows:
         scorer.row(key, replace(flat, fitted=_fitted(scorer, setting, member, pruned)))
 

@@ -1,10 +1,9 @@
 """Parts `ablation` and `engines`: searches of equal trials, their incumbents scored and healed.
 
-All searches begin with the base without layers of its middle. Those of the ablation begin also with what two planners
-leave of the base and of the best variant, taken from every member and from their merges, as far as operations allow.
-It is made twice: for the best healed model, with the trials of the greatest budget healed before they are scored
-(`heal: finalists`), and for the best pruned model. Engines are compared on pruned models, and on what they find
-themselves.
+All searches begin with the base without layers of its middle. Those of the ablation begin also with what removal
+(`sleb`) leaves of the base, taken from every member and from their merges, as far as operations allow. With `--heal
+finalists` the trials of the greatest budget are healed before they are scored; the model that a search finds is healed
+in any case. Engines are compared on pruned models, and on what they find themselves.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from benchmarks.tailor_parts.planners import HEALED, PRUNED, best_variant, plan
+from benchmarks.tailor_parts.planners import plan
 from benchmarks.tailor_parts.scorer import Scorer
-from benchmarks.tailor_parts.setting import ABLATION, Rows, Setting
+from benchmarks.tailor_parts.setting import ABLATION, Setting
 from intarsia.commands.tailor import FinalOptions, SearchOptions, tailor
 from intarsia.tailoring.family_file import BASE, RANDOM_MIDDLE
 from intarsia.tailoring.recipes import trial_recipe
 from intarsia.tailoring.run import TailorRun, is_tailor_run
 
 ENGINES = ("evolve", "smac", "random")
-STARTS = ("sleb", "come-p")
-HEALS = {"finalists": "", "none": "bare-"}
-"""How the searches of the ablation score their trials, and what the names of such searches begin with."""
+START = "sleb"
 WHOLE = list(ABLATION)[-1]
 CURVES = "curves"
 """What the searches that compare engines are called after, in the place of their operations."""
@@ -50,20 +47,17 @@ def is_finished(setting: Setting, name: str) -> bool:
 def ablation(
     scorer: Scorer,
     setting: Setting,
-    rows: Rows,
     *,
     seeds: Sequence[int],
     engine: str,
-    heals: Sequence[str],
+    heal: str,
     kinds: Sequence[str],
 ) -> None:
     """The same search with one operation more each time."""
-    planned = [plan(setting, member, method) for member in (BASE, best_variant(rows)) for method in STARTS]
-    starts = [RANDOM_MIDDLE, *map(str, planned)]
-    for seed, heal, operations in product(seeds, heals, kinds):
-        kind = f"{HEALS[heal]}{operations}"
-        name = _search(setting, kind, engine, seed, operations=ABLATION[operations], starts=starts, heal=heal)
-        _score(scorer, setting, name, healed=heal != "none")
+    starts = [RANDOM_MIDDLE, str(plan(setting, BASE, START))]
+    for seed, operations in product(seeds, kinds):
+        name = _search(setting, operations, engine, seed, operations=ABLATION[operations], starts=starts, heal=heal)
+        _score(scorer, setting, name)
 
 
 def engines(setting: Setting, *, seeds: Sequence[int], names: Sequence[str]) -> None:
@@ -101,17 +95,15 @@ def _search(
     return name
 
 
-def _score(scorer: Scorer, setting: Setting, name: str, *, healed: bool) -> None:
-    """The knee of the front, pruned, and healed where that was searched for; anew when the search has gone on."""
+def _score(scorer: Scorer, setting: Setting, name: str) -> None:
+    """Score the knee of the front, healed; anew when the search has gone on."""
     folder = TailorRun.existing(folder_of(setting, name))
     trials = len(folder.made)
-    if scorer.has(f"{name}, {HEALED if healed else PRUNED}", trials=trials):
+    if scorer.has(name, trials=trials):
         return
     front = folder.front
     if front is None:
         print(f"{name}: no trial has succeeded")
         return
     recipe = trial_recipe(folder, front.knee, healed=False)
-    scorer.row(f"{name}, {PRUNED}", recipe, trials=trials)
-    if healed:
-        scorer.row(f"{name}, {HEALED}", scorer.healed(recipe), trials=trials)
+    scorer.row(name, scorer.healed(recipe), trials=trials)

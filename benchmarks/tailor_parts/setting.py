@@ -26,9 +26,10 @@ ABLATION = {
     "remove": ("remove",),
     "select": ("remove", "select"),
     "merge": ("remove", "select", "merge"),
+    "half": ("remove", "select", "merge", "half-layers"),
     "concat": ("remove", "select", "merge", "concat"),
 }
-"""What each row of the ablation may do; each has one operation more than the row before."""
+"""What each row of the ablation may do: one operation more each time, and half layers or concatenation last."""
 
 
 @dataclass(frozen=True, kw_only=True)

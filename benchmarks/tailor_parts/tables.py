@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from itertools import product
 
 from benchmarks.tailor_parts import curves
 from benchmarks.tailor_parts.curves import Curve
-from benchmarks.tailor_parts.planners import HEALED, PRUNED
-from benchmarks.tailor_parts.scorer import COUNTED, TASKS, TEXTS, kept, mean
-from benchmarks.tailor_parts.searches import CURVES, ENGINES, HEALS, folder_of, is_finished
+from benchmarks.tailor_parts.scorer import TASKS, TEXTS, kept, mean
+from benchmarks.tailor_parts.searches import CURVES, ENGINES, folder_of, is_finished
 from benchmarks.tailor_parts.setting import ABLATION, VARIANTS, Rows, Setting
 from benchmarks.tailor_parts.sharing import sharing_of
 from intarsia.tailoring.family_file import BASE
@@ -38,8 +36,8 @@ def _models(rows: Rows) -> str:
     names = [name for name in everything if name not in wholes]
     names.sort(key=lambda name: -mean(everything[name], base))
     lines = [
-        "Accuracy (arc_easy, piqa, math_mc) and perplexity.",
-        "The mean is of the shares that are kept of the base's, without math_mc.",
+        "Accuracy (arc_easy, piqa) and perplexity; all but the members are healed in closed form.",
+        "The mean is of the shares that are kept of the base's.",
         "",
         f"| model | {' | '.join((*TASKS, *TEXTS))} | mean |",
         "|---|" + "---:|" * (len(TASKS) + len(TEXTS) + 1),
@@ -55,28 +53,23 @@ def _ablation(rows: Rows) -> str:
     """The mean over seeds, with the standard deviation between them."""
     everything, base = rows.all(), rows[BASE]
     lines = []
-    for (heal, prefix), operations, state in product(HEALS.items(), ABLATION, (PRUNED, HEALED)):
-        found = [row for name, row in everything.items() if _is(name, f"{prefix}{operations}", state)]
+    for operations in ABLATION:
+        found = [row for name, row in everything.items() if name.rsplit("-", 2)[0] == operations]
         if found:
             means = [mean(row, base) for row in found]
             shares = [f"{statistics.mean(each):.3f}" for each in _columns([kept(row, base) for row in found])]
-            what = f"{', '.join(ABLATION[operations])} | {heal} | {state}"
-            lines.append(f"| {what} | {len(found)} | {' | '.join(shares)} | {_spread(means)} |")
+            lines.append(
+                f"| {', '.join(ABLATION[operations])} | {len(found)} | {' | '.join(shares)} | {_spread(means)} |"
+            )
     if not lines:
         return ""
-    head = f"| operations | heal | | seeds | {' | '.join((*COUNTED, *TEXTS))} | mean |"
-    return "\n".join(["Shares that are kept:", "", head, "|---|---|---|---:|" + "---:|" * 6, *lines])
+    head = f"| operations | seeds | {' | '.join((*TASKS, *TEXTS))} | mean |"
+    return "\n".join(["Shares that are kept:", "", head, "|---|---:|" + "---:|" * 6, *lines])
 
 
 def _columns(shares: Iterable[Mapping[str, float]]) -> list[list[float]]:
     every = list(shares)
-    return [[row[name] for row in every] for name in (*COUNTED, *TEXTS)]
-
-
-def _is(name: str, kind: str, state: str) -> bool:
-    """Whether a row is of a search of that kind (see `searches.name_of`), in that state."""
-    head, _, tail = name.partition(", ")
-    return tail == state and head.rsplit("-", 2)[0] == kind
+    return [[row[name] for row in every] for name in (*TASKS, *TEXTS)]
 
 
 def _curves(setting: Setting) -> dict[str, dict[int, Curve]]:

@@ -377,7 +377,7 @@ def over_its_blend(
 
     Args:
         variants: the opened members.
-        run: a run folder with this recipe and these members; the blend is written to `uncut/` there, unless an
+        run: a run folder with this recipe and these members; the blend is written to `unpruned/` there, unless an
             earlier call did so.
 
     Raises:
