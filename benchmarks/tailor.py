@@ -42,7 +42,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--parts", type=_listed, default=PARTS, help=f"of {', '.join(_ALL)}; by comma")
     found.add_argument("--seeds", type=_listed, default=("0", "1", "2"), help="by comma")
     found.add_argument("--trials", type=int, default=60, help="of each search")
-    found.add_argument("--budgets", type=_listed, default=("9", "81"), help="the least and the greatest, by comma")
+    found.add_argument("--budgets", type=_listed, default=("27", "81"), help="the least and the greatest, by comma")
     found.add_argument("--engines", type=_listed, default=searches.ENGINES, help="by comma")
     found.add_argument("--heal", choices=("none", "finalists"), default="none", help="trials of the ablation")
     found.add_argument(
@@ -55,7 +55,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.add_argument("--layers", type=int, default=23)
     found.add_argument("--items", type=int, default=200, help="of each task, to measure on")
     found.add_argument("--windows", type=int, nargs=2, default=[16, 12], metavar=("WIKITEXT", "NEWS"))
-    found.add_argument("--tokens", type=int, nargs=3, default=[16384, 16384, 4096], metavar=("PLAN", "HEAL", "PIECES"))
+    found.add_argument("--tokens", type=int, nargs=3, default=[8192, 16384, 4096], metavar=("PLAN", "HEAL", "PIECES"))
     given = found.parse_args(arguments)
     unknown = [part for part in given.parts if part not in _ALL]
     if unknown:

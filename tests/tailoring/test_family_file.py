@@ -49,14 +49,15 @@ def test_the_demo_family() -> None:
     assert found.target.layers == 23
     defaults = parse()
     assert found.operations == defaults.operations and found.methods == defaults.methods
-    assert found.heal == "finalists"
+    assert found.heal == "none"
     assert found.objectives[0] == ObjectiveSpec(
         name="science", task="../shared/data/tasks/arc_easy.jsonl", split=(0.0, 0.33)
     )
     assert found.search == SearchSpec(
-        min_budget=9,
+        trials=60,
+        min_budget=27,
         max_budget=81,
-        warm_start=("random-middle", "sleb", "come-p"),
+        warm_start=("random-middle", "sleb"),
     )
 
 
