@@ -50,7 +50,6 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     found.add_argument("--ablate-with", default="evolve", help="the engine of the ablation")
     found.add_argument("--methods", type=_listed, default=planners.METHODS, help="planners, by comma")
-    found.add_argument("--plans", type=Path, help="a folder of run folders of the base, which are scored too")
     found.add_argument("--base", default="demo")
     found.add_argument("--layers", type=int, default=23)
     found.add_argument("--items", type=int, default=200, help="of each task, to measure on")
@@ -93,7 +92,7 @@ def main() -> None:
     for part in given.parts:
         print(f"== {part}", flush=True)
         if part == "planners":
-            planners.run(scorer, setting, rows, methods=given.methods, given=given.plans)
+            planners.run(scorer, setting, rows, methods=given.methods)
         elif part == "ablation":
             planners.members(scorer, setting)
             how = {"engine": given.ablate_with, "heal": given.heal, "kinds": given.operations}

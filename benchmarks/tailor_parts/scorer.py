@@ -63,11 +63,11 @@ class Scorer:
         """The recipe with its output projections fitted on the objectives' text, toward the same blend unpruned."""
         resident = self._evaluator.model
         layers = [resident.module(op) for op in reference_layers(recipe)]
-        with TeacherStates(Loop(resident, Batches(self.corpus, resident.device)), layers=layers) as teacher:
+        with TeacherStates(Loop(resident, Batches(self._corpus, resident.device)), layers=layers) as teacher:
             return fit(recipe, teacher)[0]
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def _corpus(self) -> Corpus:
         """The text of the closed form."""
         spec = TextSpec(sources=tuple(self._setting.calibration), tokens=self._setting.tokens[1], seq_len=512)
         return Job(self._setting.base, spec).text.calibration
