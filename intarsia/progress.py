@@ -235,6 +235,7 @@ class Display(Progress):
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._stream, self._clock = stream, clock
         self._tasks: list[_Shown] = []
+        self._last = ""  # the last title
         self._pace = Pace(0.0, clock)
         self._written = clock()
         self._bar: Bars | None = None
@@ -245,7 +246,7 @@ class Display(Progress):
 
     @contextmanager
     def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[_Shown]:
-        task = _Shown(self, title, total, units)
+        task, self._last = _Shown(self, title, total, units), title or self._last
         if not self._tasks:
             self._pace, self._written = Pace(total, self._clock), self._clock()
         self._tasks.append(task)
@@ -280,7 +281,7 @@ class Display(Progress):
             self.say(f"{self._words()}: {self._rest()}")
 
     def _words(self) -> str:
-        titles = [task.title for task in self._tasks if task.title]
+        titles = [task.title for task in self._tasks if task.title] or [self._last]
         note = next((task.words for task in reversed(self._tasks) if task.words), "")
         names = ", ".join(dict.fromkeys([*titles[:1], *titles[-1:]]))
         return f"{names} ({note})" if note else names

@@ -102,6 +102,17 @@ def test_a_job_in_a_pipe_says_a_line_every_half_minute() -> None:
     assert out.getvalue().splitlines() == ["Plan, Score layers: 32% after 30 s, 4 min 30 s left", "a line"]
 
 
+def test_between_two_tasks_the_last_one_is_named() -> None:
+    clock, out = Clock(), io.StringIO()
+    job = Display(out, clock)
+    with job.task("", 4) as whole:
+        with job.task("embedding", 1) as inner:
+            inner.advance()
+        clock.now += 30
+        whole.advance()
+    assert out.getvalue().splitlines() == ["embedding: 25% after 30 s"]
+
+
 def test_a_job_has_parts_with_weights() -> None:
     clock, out = Clock(), io.StringIO()
     with progress.reporting_to(Display(out, clock)), progress.job({"text": 2, "planning": 6, "build": 2}) as job:

@@ -139,7 +139,7 @@ def compress(
         return send_off(done, out.path)
     report.say(result.estimate.words())
 
-    with progress.job(planning.weights(stages)) as work:
+    with progress.job(planning.weights(stages, evaluation=measuring.passes(job.spec.length))) as work:
         # Text, in three disjoint parts.
         with work.part("text"):
             _ = job.text.calibration, job.text.selection, job.text.test
@@ -177,8 +177,8 @@ def compress(
                 report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
             small = open_checkpoint(str(built.out))
             bare = replace(recipe, fitted={}) if recipe.fitted else None
-            with work.part("evaluation", 4):
-                before, after = measured(job, small, measuring, unhealed=bare)
+            with work.part("evaluation", 5) as task:
+                before, after = measured(job, small, measuring, unhealed=bare, task=task)
 
             # Report.
             done = replace(

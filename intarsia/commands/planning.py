@@ -87,13 +87,13 @@ class Planning:
         starts = self.planner.finalists + self.planner.blocks + (self.planner.in_loop is not None)
         return sum(passes_at_most(stages, self.job.checkpoint.architecture, starts=starts, tokens=self.job.spec.length))
 
-    def weights(self, stages: Sequence[Chosen]) -> dict[str, float]:
+    def weights(self, stages: Sequence[Chosen], *, evaluation: float) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
         writing = 2.5 * (1 + 2 / 8) if self.job.spec.writes else 0.1
         healing = self.heal_passes_at_most(stages)
         first, others = self._passes()
         planning = first + others / 2  # most candidates leave the race early
-        return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": 1.0}
+        return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": evaluation}
 
     def _passes(self) -> tuple[float, float]:
         """Passes over the calibration text: to measure the original, and at most for the steps."""

@@ -324,7 +324,9 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
     results: list[StageResult] = []
     sizes = {"starts": 1 + len(context.starts), "tokens": context.calibration.tokens}
     passes = passes_at_most(stages, context.variants[recipe.base].architecture, **sizes)
-    with progress.current().task("", sum(passes)) as task:
+    measured = context.held_out.tokens * (3 if context.layer_errors else 1) + sum(t.tokens for t in context.evaluation)
+    measuring = measured / context.calibration.tokens  # passes over the text
+    with progress.current().task("", sum(passes) + (1 + len(stages)) * measuring) as task:
         for number, (chosen, units) in enumerate(zip((None, *stages), (0.0, *passes), strict=True)):
             name = PRUNED if chosen is None else chosen.name
             path = context.run.path / context.name / f"{number}-{name}.yaml"
@@ -338,11 +340,15 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
                     context.release()
                 with progress.current().task("", 1, units=units):
                     found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
-                    if main:
+                task.advance(units)
+                if main:
+                    with progress.current().task("", 1, units=measuring):
                         result = _measured(context, name, path, found, results, time.perf_counter() - started)
-                        _write(context, result, results, stages, key)
+                    _write(context, result, results, stages, key)
+            else:
+                task.advance(units)
             wait()
-            task.advance(units)
+            task.advance(measuring)
             facts = {name: value for name, value in (_facts(path) or {}).items() if name != "key"}
             results.append(StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts))
             before = results[-1].recipe
@@ -376,10 +382,9 @@ def _measured(
         measured = before.quality  # it changed nothing
     else:
         texts = (context.held_out, *context.evaluation)
-        with progress.current().task("", 1, units=0.0):  # beside a stage it is little
-            measured = quality(
-                found, context.resident, texts, errors=context.layer_errors, memory_budget=context.memory_budget
-            )
+        measured = quality(
+            found, context.resident, texts, errors=context.layer_errors, memory_budget=context.memory_budget
+        )
     result = StageResult(stage=name, path=path, recipe=found, quality=measured)
     if before is None:
         return result
@@ -414,13 +419,15 @@ def quality(
     memory_budget = memory_budget or MemoryBudget()
     model = Chain(recipe, resident, memory_budget=memory_budget)
     batch_tokens = _CUDA_BATCH_TOKENS if resident.device.type == "cuda" else _CPU_BATCH_TOKENS
-    found = [perplexity(model, text, batch_tokens=batch_tokens) for text in texts]
-    names = ("text", "value", "nll", "stderr")
-    loop = Loop(resident, Batches(texts[0], resident.device, batch_tokens=batch_tokens), memory_budget=memory_budget)
-    return {
-        "texts": [{name: getattr(each, name) for name in names} for each in found],
-        "errors": _layer_errors(recipe, model, loop) if errors else [],
-    }
+    found: list[dict[str, Any]] = []
+    with progress.current().task("", len(texts) + 2 * errors) as task:
+        for text in texts:
+            measured = perplexity(model, text, batch_tokens=batch_tokens)
+            found.append({name: getattr(measured, name) for name in ("text", "value", "nll", "stderr")})
+            task.advance()
+        batches = Batches(texts[0], resident.device, batch_tokens=batch_tokens)
+        loop = Loop(resident, batches, memory_budget=memory_budget)
+        return {"texts": found, "errors": _layer_errors(recipe, model, loop) if errors else []}
 
 
 @torch.inference_mode()

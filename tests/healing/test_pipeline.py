@@ -124,8 +124,9 @@ def test_a_stage_is_accepted_if_the_model_is_better_on_the_selection_text(
     json.dumps(said, allow_nan=False)
 
 
-def test_progress_moves_through_every_stage(context: Callable[..., HealContext], cut: Recipe) -> None:
-    """As far as a stage's passes say, and through its steps: 3 of the fit; of the training 1 of the teacher and 8."""
+def test_progress_moves_through_every_stage(context: Callable[..., HealContext], cut: Recipe, text: TextParts) -> None:
+    """As far as a stage's passes say, and through its steps: 3 of the fit; of the training 1 of the teacher and 8; and
+    three passes over the selection text."""
 
     class Watched(Display):
         shares: ClassVar[dict[str, list[float]]] = {}
@@ -137,11 +138,17 @@ def test_progress_moves_through_every_stage(context: Callable[..., HealContext],
 
     with reporting_to(Watched(io.StringIO())):
         run_stages(context(), cut, heal_stages.choose_all(["closed-form", TRAINED]))
-    fit, teacher, student = (
-        Watched.shares[title] for title in ("closed form", "the teacher's 4 likeliest tokens", "end-to-end training")
+    measured, fit, teacher, student = (
+        Watched.shares[title]
+        for title in ("perplexity", "closed form", "the teacher's 4 likeliest tokens", "end-to-end training")
     )
-    assert fit[-1] <= 3 / 12 <= teacher[0] and teacher[-1] == pytest.approx(4 / 12)
-    assert student[0] == pytest.approx(4 / 12) and student[-1] == pytest.approx(1.0)
+    assert text.selection is not None
+    measuring = text.selection.tokens / text.calibration.tokens
+    whole = 12 + 3 * measuring
+    assert measured[0] == 0 and measuring / whole in [pytest.approx(share) for share in measured]
+    assert fit[-1] <= (measuring + 3) / whole and teacher[0] == pytest.approx((2 * measuring + 3) / whole)
+    assert student[0] == pytest.approx((2 * measuring + 4) / whole)
+    assert student[-1] == pytest.approx((2 * measuring + 12) / whole) and measured[-1] == pytest.approx(1.0)
     assert len(set(student)) > 10 and student == sorted(student)
 
 
