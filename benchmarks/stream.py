@@ -137,7 +137,7 @@ class Peaks(Progress, Task):
         print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[Peaks]:
+    def task(self, title: str, total: float, *, units: float | None = None) -> Iterator[Peaks]:
         """A part that has a name."""
         self.note()
         self._under_way.append(re.sub(r"[0-9]+ (to [0-9]+ )?", "", title))

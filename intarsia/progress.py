@@ -42,8 +42,13 @@ class Task:
 class Progress:
     """Receives the reports of long work; this base class shows nothing, and is the default of library calls."""
 
-    def task(self, title: str, total: float, *, units: float = 1.0) -> AbstractContextManager[Task]:
-        """Start a task of `total` units that counts as `units` of the enclosing task; leaving the context ends it."""
+    def task(self, title: str, total: float, *, units: float | None = None) -> AbstractContextManager[Task]:
+        """Start a task of `total` units; leaving the context ends it.
+
+        Args:
+            units: what it counts of the enclosing task, by which that advances at the end. None: it is a part of the
+                enclosing task's next unit, whose end that task reports itself.
+        """
         return nullcontext(Task())
 
     def say(self, text: str) -> None:
@@ -124,7 +129,6 @@ class Job:
                 yield task
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - started
-            self._task.advance(units)
 
 
 @contextmanager
@@ -245,8 +249,9 @@ class Display(Progress):
             self._line = self._bar.add_task("", total=1.0, rest="")
 
     @contextmanager
-    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[_Shown]:
-        task, self._last = _Shown(self, title, total, units), title or self._last
+    def task(self, title: str, total: float, *, units: float | None = None) -> Iterator[_Shown]:
+        task = _Shown(self, title, total, 1.0 if units is None else units)
+        self._last = title or self._last
         if not self._tasks:
             self._pace, self._written = Pace(total, self._clock), self._clock()
         self._tasks.append(task)
@@ -255,7 +260,9 @@ class Display(Progress):
             yield task
         finally:
             self._tasks.remove(task)
-            if not self._tasks and self._bar is not None:
+            if self._tasks and units is not None:
+                self._tasks[-1].advance(units)
+            elif not self._tasks and self._bar is not None:
                 self._bar.stop()
 
     def say(self, text: str) -> None:

@@ -113,6 +113,26 @@ def test_between_two_tasks_the_last_one_is_named() -> None:
     assert out.getvalue().splitlines() == ["embedding: 25% after 30 s"]
 
 
+def test_a_task_with_units_counts_when_it_has_ended() -> None:
+    clock, out = Clock(), io.StringIO()
+    job = Display(out, clock)
+    with job.task("whole", 4):
+        for title in ("first", "second"):
+            with job.task(title, 2, units=1) as inner:
+                clock.now += 31
+                inner.advance()
+        with job.task("third", 2) as inner:  # a part of the next unit
+            inner.advance(2)
+        with job.task("fourth", 2) as inner:
+            clock.now += 31
+            inner.advance(2)
+    assert [line.split(" after")[0] for line in out.getvalue().splitlines()] == [
+        "whole, first: 12%",
+        "whole, second: 38%",
+        "whole, fourth: 75%",
+    ]
+
+
 def test_a_job_has_parts_with_weights() -> None:
     clock, out = Clock(), io.StringIO()
     with progress.reporting_to(Display(out, clock)), progress.job({"text": 2, "planning": 6, "build": 2}) as job:

@@ -177,8 +177,8 @@ def compress(
                 report.say("no perplexity: the calibration text has nothing left to test on; give --eval-text")
             small = open_checkpoint(str(built.out))
             bare = replace(recipe, fitted={}) if recipe.fitted else None
-            with work.part("evaluation", 5) as task:
-                before, after = measured(job, small, measuring, unhealed=bare, task=task)
+            with work.part("evaluation", 5):  # speed, three perplexities, answers
+                before, after = measured(job, small, measuring, unhealed=bare)
 
             # Report.
             done = replace(

@@ -118,7 +118,8 @@ class Evaluation:
 
     def perplexities(self, model: nn.Module) -> dict[str, Perplexity]:
         """The perplexity on every text."""
-        return {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
+        with progress.current().task("", 1, units=1):
+            return {name: perplexity(model, corpus) for name, corpus in self.texts.items()}
 
     def scores(self, model: nn.Module, job: Job, name: str) -> TaskResults | None:
         """The scores on the tasks; None if there are none."""
@@ -126,7 +127,7 @@ class Evaluation:
 
 
 def measured(
-    job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None, task: progress.Task
+    job: Job, small: Checkpoint, evaluation: Evaluation, *, unhealed: Recipe | None
 ) -> tuple[Measures, Measures]:
     """Measure the job's model and the built one; the former is freed.
 
@@ -135,7 +136,6 @@ def measured(
 
     Args:
         unhealed: the recipe before healing, whose perplexity is also measured; None without healing.
-        task: advances by 5.
     """
     streams, report = job.runtime.stream, progress.current()
     memory_budget = job.placement.memory_budget() if streams else None
@@ -155,26 +155,23 @@ def measured(
     if evaluation.speed:
         if not together:
             report.say("the models do not fit into memory together, so their speeds are measured one after the other")
-        speeds = compare_speed(models, new_tokens=_WRITTEN)
-    task.advance()
+        with report.task("", 1, units=1):
+            speeds = compare_speed(models, new_tokens=_WRITTEN)
     before = evaluation.perplexities(models["before"])
-    task.advance()
     reference, answers = None, None
     if evaluation.asked is not None:
-        reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
-        answers = reference.score(reference.follow(models["after"]), models["before"]) if together else None
-    task.advance()
+        with report.task("", 1, units=1):
+            reference = evaluation.asked.answered(models["before"], seed=job.spec.seed, key=job.sha256)
+            answers = reference.score(reference.follow(models["after"]), models["before"]) if together else None
     dense = evaluation.scores(models.pop("before"), job, job.model)
     without = {}
     if unhealed is not None:
         without = evaluation.perplexities(Chain(unhealed, job.resident, memory_budget=memory_budget))
-    task.advance()
     job.release()
     model = models.pop("after") if together else load_small()
     if evaluation.speed and not together:
         speeds |= compare_speed({"after": model}, new_tokens=_WRITTEN)
     after = evaluation.perplexities(model)
-    task.advance()
     pruned = evaluation.scores(model, job, small.model)
     if reference is not None and answers is None:
         followed = reference.follow(model)

@@ -190,10 +190,9 @@ class Planning:
         pin_text(ladder.run, self.job)
         start = self._start(ladder)
         first, others = self._passes()
-        with progress.current().task("", first + others) as task:
+        with progress.current().task("", first + others):
             with progress.current().task("", 1, units=first):
                 model = self.whole(ladder.run.scratch)
-            task.advance(first)
             before = 0.0 if self._shared is None else model.layer_forwards
             model.become(start.layers, start.fitted)
             with progress.current().task("", 1, units=others):
@@ -280,10 +279,9 @@ def heal_recipe(
     job = planning.job
     pin_text(ladder.run, job)
     passes = planning.heal_passes_at_most(stages)
-    with progress.current().task("", _BLOCKS + passes) as task:
+    with progress.current().task("", _BLOCKS + passes):
         with progress.current().task("", 1, units=_BLOCKS):
             starts = planning.starts(ladder, recipe)
-        task.advance(_BLOCKS)
         context = HealContext(
             run=ladder.run,
             variants={recipe.base: job.checkpoint},

@@ -261,7 +261,7 @@ def self_corpus(
             model = model()
         rows = min(n, rows_at_once(model, seq_len, sampling))
         parts, documents = [], 0
-        with current().task("writing calibration text", total=n * seq_len) as task:
+        with current().task("writing text", total=n * seq_len) as task:
             for start in range(0, n, rows):
                 size, chance = (min(rows, n - start), seq_len), seed * 1_000_003 + start
                 ids_BT, count = _write_batch(model, tokenizer, turns, size, chance, sampling, task)

@@ -340,15 +340,13 @@ def run_stages(context: HealContext, recipe: Recipe, stages: Sequence[Chosen]) -
                     context.release()
                 with progress.current().task("", 1, units=units):
                     found = before if chosen is None else _run(context, before, chosen, path.with_suffix(""), key)
-                task.advance(units)
                 if main:
                     with progress.current().task("", 1, units=measuring):
                         result = _measured(context, name, path, found, results, time.perf_counter() - started)
                     _write(context, result, results, stages, key)
             else:
-                task.advance(units)
+                task.advance(units + measuring)
             wait()
-            task.advance(measuring)
             facts = {name: value for name, value in (_facts(path) or {}).items() if name != "key"}
             results.append(StageResult(recipe=schema.load(path), path=path, fresh=fresh, **facts))
             before = results[-1].recipe

@@ -29,7 +29,7 @@ class Watched(Progress, Task):
         self.totals: list[float] = []
 
     @contextmanager
-    def task(self, title: str, total: float, *, units: float = 1.0) -> Iterator[Task]:
+    def task(self, title: str, total: float, *, units: float | None = None) -> Iterator[Task]:
         self.totals.append(total)
         yield self
 

@@ -130,7 +130,7 @@ def test_progress_reaches_its_total() -> None:
     class Watching(Progress):
         total = done = 0.0
 
-        def task(self, title: str, total: float, *, units: float = 1.0) -> Any:
+        def task(self, title: str, total: float, *, units: float | None = None) -> Any:
             self.total += total
             return super().task(title, total)
 

@@ -62,11 +62,10 @@ def closed_form(context: HealContext, recipe: Recipe, settings: FinalFitSettings
     # A cheaper fit ranks the starts: one projection of each unchanged layer, at the usual ridge strength.
     trying = settings if trial is text else replace(settings, unchanged=settings.unchanged[:1], ridges=(USUAL,))
     units = (len(points) > 1) * len(points) * len(trial) / len(text) / 2  # a trial costs half
-    with current().task("", units + 1.0) as task:
+    with current().task("", units + 1.0):
         if len(points) > 1:
             with context.original_states(trial, fits=len(points)) as teacher, current().task("", 1.0, units=units):
                 ranked = fit_each(points, teacher, context.held_out, settings=trying, folder=context.folder, **common)
-            task.advance(units)
             start = ranked[0].start
             context.facts |= {"starts": {each.start.name: each.divergence for each in ranked}, "start": start.name}
             context.facts["from_scratch"] = start.name != AS_IT_IS
