@@ -32,6 +32,7 @@ from intarsia.reporting.model_report import keep_measures
 from intarsia.reporting.page import write_report
 
 _SHARE_OF_FREE = 0.8
+_OTHERS = 20_000  # tokens that are read in the time that speed and answers take, about
 _WRITTEN = 16  # tokens generated after a prompt to measure speed
 
 
@@ -114,7 +115,7 @@ class Evaluation:
     def passes(self, tokens: int) -> float:
         """Passes over a calibration text of `tokens` tokens that the evaluation takes, without tasks, roughly."""
         read = sum(corpus.tokens for corpus in self.texts.values()) or tokens / 8
-        return 0.5 + 3 * read / tokens
+        return (_OTHERS + 3 * read) / tokens
 
     def perplexities(self, model: nn.Module) -> dict[str, Perplexity]:
         """The perplexity on every text."""

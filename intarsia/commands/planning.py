@@ -31,8 +31,6 @@ from intarsia.recipe.recipe import Recipe, Variant, identity
 from intarsia.registry import Chosen, planners
 from intarsia.run_dir import RunDir
 
-_BLOCKS = 1.0
-"""Passes over the calibration text that comparing blocks takes, about."""
 BASE = "base"
 """The name of the model in the recipes of a plan."""
 
@@ -90,7 +88,7 @@ class Planning:
     def weights(self, stages: Sequence[Chosen], *, evaluation: float) -> dict[str, float]:
         """Passes over the calibration text that each part of a compression takes, roughly."""
         writing = 2.5 * (1 + 2 / 8) if self.job.spec.writes else 0.1
-        healing = self.heal_passes_at_most(stages)
+        healing = self.estimate.block_passes_at_most + self.heal_passes_at_most(stages)
         first, others = self._passes()
         planning = first + others / 2  # most candidates leave the race early
         return {"text": writing, "planning": planning, "healing": healing, "building": 0.2, "evaluation": evaluation}
@@ -98,7 +96,7 @@ class Planning:
     def _passes(self) -> tuple[float, float]:
         """Passes over the calibration text: to measure the original, and at most for the steps."""
         first = self.measured / self.job.spec.length
-        return first, max(0.0, self.estimate.passes_at_most - first)
+        return first, max(0.0, self.estimate.passes_at_most - self.estimate.block_passes_at_most - first)
 
     @contextmanager
     def opened(self, run: RunDir) -> Iterator[Ladder]:
@@ -278,9 +276,9 @@ def heal_recipe(
         return None
     job = planning.job
     pin_text(ladder.run, job)
-    passes = planning.heal_passes_at_most(stages)
-    with progress.current().task("", _BLOCKS + passes):
-        with progress.current().task("", 1, units=_BLOCKS):
+    blocks, passes = planning.estimate.block_passes_at_most, planning.heal_passes_at_most(stages)
+    with progress.current().task("", blocks + passes):
+        with progress.current().task("", 1, units=blocks):
             starts = planning.starts(ladder, recipe)
         context = HealContext(
             run=ladder.run,

@@ -34,6 +34,8 @@ class Estimate:
     tokens: int
     # Passes of the whole model over the calibration text, for planning and for the closed form after it.
     passes_at_most: float
+    # Of the passes for planning, those that compare blocks: they are taken when a recipe is healed.
+    block_passes_at_most: float = 0.0
     heal_passes_at_most: float = 0.0
     # Bytes of the new weights on disk.
     disk_bytes: int
@@ -81,18 +83,19 @@ def estimate(
     kept = (depth + 1) * (whole * kept_whole + share * bool(planner.in_loop or planner.blocks))
     rows = max(int(share * tokens) // seq_len, 1)
     forwards = planner.forwards_at_most(architecture, target, rows)
-    first = min(depth, forwards)
+    first, blocks = min(depth, forwards), 0.0
     if planner.blocks:
         # Blocks of whole layers, then the best of them and their two shifts by half a layer.
         number = blocks_raced(target + 1, planner.blocks)
         raced = share_at_most(number, rows, racing=True, keep=planner.blocks)
-        forwards += raced * sum(range(target + 1 - number, target + 1)) + 3 * min(planner.blocks, number) * target
+        blocks = raced * sum(range(target + 1 - number, target + 1)) + 3 * min(planner.blocks, number) * target
     return Estimate(
         parameters_before=parameters,
         parameters_after=after,
         weight_bytes=parameters * dtype.itemsize,
         tokens=tokens,
         hidden_bytes=int(kept * tokens * state_of(architecture).size * dtype.itemsize),
-        passes_at_most=(first * whole + (forwards - first) * share) / depth,
+        passes_at_most=(first * whole + (forwards - first + blocks) * share) / depth,
+        block_passes_at_most=blocks * share / depth,
         disk_bytes=after * checkpoint.dtype.itemsize,
     )

@@ -74,5 +74,7 @@ def test_a_part_of_the_text_is_a_part_of_a_pass(checkpoint_of: Opened) -> None:
     sizes: dict[str, Any] = {"tokens": 1024, "seq_len": 32, "dtype": torch.float32}
     whole, half = (estimate(checkpoint_of("llama"), planner, 5, measured=n, **sizes) for n in (1024, 512))
     assert whole.passes_at_most - half.passes_at_most == pytest.approx(0.5)
+    # All but the pass that measures the original compares blocks.
+    assert 0 < whole.block_passes_at_most == pytest.approx(whole.passes_at_most - 1.0)
     state = checkpoint_of("llama").architecture.width * 4
     assert whole.hidden_bytes == 7 * (1024 + 128) * state and half.hidden_bytes == 7 * (512 + 128) * state
